@@ -49,9 +49,13 @@ def rotary_table(grid, head_dim, base=10_000):
     """
     h, w = grid
     frequencies = base ** -(torch.arange(0, 1, 4 / head_dim))  # (head_dim / 4,)
-    rows = torch.arange(h).repeat_interleave(w)[:, None] * frequencies  # (T, head_dim / 4)
+    rows = (
+        torch.arange(h).repeat_interleave(w)[:, None] * frequencies
+    )  # (T, head_dim / 4)
     columns = torch.arange(w).repeat(h)[:, None] * frequencies
-    angles = F.pad(torch.cat([rows, columns], dim=1), (0, 0, 1, 0))  # (T + 1, head_dim / 2)
+    angles = F.pad(
+        torch.cat([rows, columns], dim=1), (0, 0, 1, 0)
+    )  # (T + 1, head_dim / 2)
     return torch.stack([angles.cos(), angles.sin()])
 
 
@@ -73,7 +77,9 @@ class Cache:
 
     def extend(self, k, v):
         """Append k and v (B, heads, n, head_dim); returns all keys and all values so far."""
-        if self.kv is None:  # the whole room at once: growing step by step would copy everything at every step
+        if (
+            self.kv is None
+        ):  # the whole room at once: growing step by step would copy everything at every step
             self.kv = k.new_empty(2, *k.shape[:2], self.tokens, k.shape[-1])
         start, self.filled = self.filled, self.filled + k.shape[2]
         self.kv[0, :, :, start : self.filled] = k
@@ -99,14 +105,18 @@ class Block(nn.Module):
     def forward(self, x, rotary, cache=None):
         """x (B, n, dim), rotary of the n positions (2, n, head_dim / 2) -> (B, n, dim)."""
         B, n, dim = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(B, n, 3, self.heads, dim // self.heads)
+        qkv = self.qkv(self.attention_norm(x)).view(
+            B, n, 3, self.heads, dim // self.heads
+        )
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, n, head_dim)
         (q, k), v = rotate(qkv[:2], rotary), qkv[2]
         if cache is not None:
             k, v = cache.extend(k, v)
         # A single new query may see every key in the cache: those are all earlier tokens, and itself.
         mask_future = self.causal and n > 1
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=mask_future)  # (B, heads, n, head_dim)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, is_causal=mask_future
+        )  # (B, heads, n, head_dim)
         x = x + self.out(attended.transpose(1, 2).reshape(B, n, dim))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)  # SwiGLU
@@ -134,12 +144,20 @@ class ARModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.class_embedding = nn.Embedding(config.num_classes + 1, config.dim)  # the last is the null class, for CFG
+        self.class_embedding = nn.Embedding(
+            config.num_classes + 1, config.dim
+        )  # the last is the null class, for CFG
         self.token_embedding = nn.Embedding(config.vocabulary, config.dim)
-        self.blocks = nn.ModuleList(Block(config.dim, config.heads, causal=True) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config.dim, config.heads, causal=True) for _ in range(config.layers)
+        )
         self.norm = nn.RMSNorm(config.dim, eps=1e-5)
         self.head = nn.Linear(config.dim, config.vocabulary, bias=False)
-        self.register_buffer("rotary", rotary_table(config.grid, config.dim // config.heads), persistent=False)
+        self.register_buffer(
+            "rotary",
+            rotary_table(config.grid, config.dim // config.heads),
+            persistent=False,
+        )
         init_weights(self)
 
     def transformer(self, x, start=0, caches=None):
@@ -154,13 +172,21 @@ class ARModel(nn.Module):
 
         logits[:, t] predict token t, and depend on the class and on tokens[:, :t] only.
         """
-        x = torch.cat([self.class_embedding(labels)[:, None], self.token_embedding(tokens)], dim=1)  # (B, n + 1, dim)
+        x = torch.cat(
+            [self.class_embedding(labels)[:, None], self.token_embedding(tokens)], dim=1
+        )  # (B, n + 1, dim)
         return self.transformer(x)
 
 
 def load_ar(path, device, **ids):
     """(ARModel in eval mode on device, the artifact) from coarse.pt or baseline.pt; ids as in tokenizer.load."""
-    artifact = load(path, "ar_model.py --labels fine" if path.name.startswith("baseline") else "ar_model.py", **ids)
+    artifact = load(
+        path,
+        "ar_model.py --labels fine"
+        if path.name.startswith("baseline")
+        else "ar_model.py",
+        **ids,
+    )
     model = ARModel(ARConfig(**artifact["config"]))
     model.load_state_dict(artifact["model"])
     return model.eval().to(device), artifact
@@ -186,8 +212,12 @@ def filter_logits(logits, top_k=0, top_p=1.0):
     if top_p < 1:
         ordered, index = logits.sort(descending=True)
         probability = ordered.softmax(-1)
-        before = probability.cumsum(-1) - probability  # of the more likely tokens; 0 for the first, so it is always kept
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= top_p)
+        before = (
+            probability.cumsum(-1) - probability
+        )  # of the more likely tokens; 0 for the first, so it is always kept
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(
+            -1, index, before >= top_p
+        )
         logits = logits.masked_fill(drop, -math.inf)
     return logits
 
@@ -195,12 +225,16 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 def draw(logits, generator):
     """A random index int64 (...,) for each row of logits (..., V), with probabilities softmax(logits)."""
     # The Gumbel-max trick: exact, and several times faster than torch.multinomial when V is large.
-    uniform = torch.rand(logits.shape, generator=generator, device=logits.device).clamp(min=1e-20)
+    uniform = torch.rand(logits.shape, generator=generator, device=logits.device).clamp(
+        min=1e-20
+    )
     return (logits - (-uniform.log()).log()).argmax(-1)
 
 
 @torch.inference_mode()
-def generate(model, labels, generator, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0):
+def generate(
+    model, labels, generator, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0
+):
     """Draw the T tokens of one image per class label, one after the other. labels int64 (B,) -> tokens int64 (B, T).
 
     With guidance, the same tokens run through the model twice, with the class and with the null class. The order of
@@ -217,7 +251,9 @@ def generate(model, labels, generator, cfg_scale=1.0, temperature=1.0, top_k=0, 
         logits = model.transformer(x, t, caches)[:, 0]  # (B or 2B, V)
         if guided:
             logits = guide(*logits.chunk(2), cfg_scale)
-        token = draw(filter_logits(logits / temperature, top_k, top_p), generator)  # (B,)
+        token = draw(
+            filter_logits(logits / temperature, top_k, top_p), generator
+        )  # (B,)
         tokens.append(token)
         x = model.token_embedding(token.repeat(2) if guided else token)[:, None]
     return torch.stack(tokens, dim=1)
@@ -246,15 +282,22 @@ def adamw(model, lr):
     """AdamW as LlamaGen sets it; the gains of the norms do not decay."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     gains = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": gains, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=gains[0].device.type != "mps")
+    groups = [
+        {"params": matrices, "weight_decay": 0.05},
+        {"params": gains, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=lr, betas=(0.9, 0.95), fused=gains[0].device.type != "mps"
+    )
 
 
 @torch.no_grad()
 def heldout_loss(model, tokens, labels, batch_size=250):
     """next_token_loss over all of tokens (N, T) and labels (N,)."""
     batches = zip(tokens.split(batch_size), labels.split(batch_size))
-    return sum(next_token_loss(model, t, y).item() * len(t) for t, y in batches) / len(tokens)
+    return sum(next_token_loss(model, t, y).item() * len(t) for t, y in batches) / len(
+        tokens
+    )
 
 
 def plot_curves(path, history, title, guess):
@@ -262,9 +305,20 @@ def plot_curves(path, history, title, guess):
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     losses = np.array(history["loss"])
-    axes.plot(np.arange(1, len(losses) + 1), losses, color="tab:blue", alpha=0.3, label="training, each step")
-    axes.plot([r["step"] for r in history["heldout"]], [r["loss"] for r in history["heldout"]], color="tab:orange",
-              marker=".", label="held-out images")  # fmt: skip
+    axes.plot(
+        np.arange(1, len(losses) + 1),
+        losses,
+        color="tab:blue",
+        alpha=0.3,
+        label="training, each step",
+    )
+    axes.plot(
+        [r["step"] for r in history["heldout"]],
+        [r["loss"] for r in history["heldout"]],
+        color="tab:orange",
+        marker=".",
+        label="held-out images",
+    )
     axes.axhline(guess, color="grey", linestyle=":", label=f"guessing: {guess:.2f}")
     axes.set(title=title, xlabel="step", ylabel="cross-entropy, nats per token")
     axes.legend()
@@ -273,20 +327,45 @@ def plot_curves(path, history, title, guess):
 
 def main(argv=None):
     parser = CommandLine(__doc__)
-    parser.add_argument("--labels", choices=["coarse", "fine"], default="coarse", help="fine trains the baseline")
+    parser.add_argument(
+        "--labels",
+        choices=["coarse", "fine"],
+        default="coarse",
+        help="fine trains the baseline",
+    )
     parser.add_argument("--layers", type=number(int, 1), default=ARConfig.layers)
     parser.add_argument("--dim", type=number(int, 4), default=ARConfig.dim)
     parser.add_argument("--heads", type=number(int, 1), default=ARConfig.heads)
     parser.add_argument("--steps", type=number(int, 1), default=1800)
     parser.add_argument("--batch-size", type=number(int, 1), default=64)
-    parser.add_argument("--lr", type=number(float, 0), default=2e-3, help="peak learning rate")
-    parser.add_argument("--save-every", type=number(int, 1), default=200, help="steps between saves and measurements")
-    parser.add_argument("--keep-every", type=number(int, 0), default=0, help="steps between copies that are kept (0: none)")
-    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
-    parser.add_argument("--compile", action="store_true", help="torch.compile, worth it for long runs on a GPU")
+    parser.add_argument(
+        "--lr", type=number(float, 0), default=2e-3, help="peak learning rate"
+    )
+    parser.add_argument(
+        "--save-every",
+        type=number(int, 1),
+        default=200,
+        help="steps between saves and measurements",
+    )
+    parser.add_argument(
+        "--keep-every",
+        type=number(int, 0),
+        default=0,
+        help="steps between copies that are kept (0: none)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where an interrupted run stopped"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile, worth it for long runs on a GPU",
+    )
     args = parser.parse_args(argv)
     if args.dim % (4 * args.heads):
-        parser.error(f"--dim {args.dim} is no multiple of 4 x --heads {args.heads}: 2D rotary positions need that")
+        parser.error(
+            f"--dim {args.dim} is no multiple of 4 x --heads {args.heads}: 2D rotary positions need that"
+        )
     device = pick_device(args.device)
     stem = "coarse" if args.labels == "coarse" else "baseline"
     path = args.out / f"{stem}.pt"
@@ -296,45 +375,91 @@ def main(argv=None):
     ids = {"codebook_id": data["codebook_id"], "cluster_id": None}
     vocabulary = data["codebook_size"]
     if args.labels == "coarse":
-        clusters = load(args.out / "clusters.pt", "cluster.py", codebook_id=data["codebook_id"])
+        clusters = load(
+            args.out / "clusters.pt", "cluster.py", codebook_id=data["codebook_id"]
+        )
         code_to_cluster = clusters["code_to_cluster"]  # g: (K,)
         tokens, test_tokens = code_to_cluster[tokens], code_to_cluster[test_tokens]
-        vocabulary, ids["cluster_id"] = len(clusters["centroids"]), clusters["cluster_id"]
-    labels, test_labels = data["train_labels"].to(device), data["test_labels"].to(device)
+        vocabulary, ids["cluster_id"] = (
+            len(clusters["centroids"]),
+            clusters["cluster_id"],
+        )
+    labels, test_labels = (
+        data["train_labels"].to(device),
+        data["test_labels"].to(device),
+    )
     tokens, test_tokens = tokens.to(device), test_tokens.to(device)
 
     torch.manual_seed(args.seed)
     sizes = {name: getattr(args, name) for name in ("layers", "dim", "heads")}
-    model = ARModel(ARConfig(vocabulary, len(data["classes"]), list(data["grid"]), **sizes)).to(device)
+    model = ARModel(
+        ARConfig(vocabulary, len(data["classes"]), list(data["grid"]), **sizes)
+    ).to(device)
     optimizer = adamw(model, args.lr)
-    settings = {name: getattr(args, name) for name in ("labels", "steps", "batch_size", "lr", "seed")} | sizes | ids
+    settings = (
+        {
+            name: getattr(args, name)
+            for name in ("labels", "steps", "batch_size", "lr", "seed")
+        }
+        | sizes
+        | ids
+    )
     first_step, seconds, history = 0, 0.0, {"loss": [], "heldout": []}
     if args.resume:
         checkpoint = resume(path, "ar_model.py", settings)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        first_step, seconds, history = checkpoint["step"], checkpoint["seconds"], checkpoint["history"]
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters over {vocabulary} {args.labels} labels, "
-          f"{len(tokens)} images of {tokens.shape[1]} tokens, on {device}")  # fmt: skip
+        first_step, seconds, history = (
+            checkpoint["step"],
+            checkpoint["seconds"],
+            checkpoint["history"],
+        )
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters over {vocabulary} {args.labels} labels, "
+        f"{len(tokens)} images of {tokens.shape[1]} tokens, on {device}"
+    )
 
     def save_checkpoint(step, path):
-        save({"script": "ar_model.py", "model": model.state_dict(), "config": asdict(model.config), **ids,
-              "settings": settings, "step": step, "seconds": seconds, "optimizer": optimizer.state_dict(),
-              "history": history}, path)  # fmt: skip
+        save(
+            {
+                "script": "ar_model.py",
+                "model": model.state_dict(),
+                "config": asdict(model.config),
+                **ids,
+                "settings": settings,
+                "step": step,
+                "seconds": seconds,
+                "optimizer": optimizer.state_dict(),
+                "history": history,
+            },
+            path,
+        )
 
     run = torch.compile(model) if args.compile else model
-    bar = tqdm(range(first_step, args.steps), stem, args.steps, initial=first_step, mininterval=1)
+    bar = tqdm(
+        range(first_step, args.steps),
+        stem,
+        args.steps,
+        initial=first_step,
+        mininterval=1,
+    )
     with interruptible() as stop:
         for step in bar:
             start = time.perf_counter()
-            rng = np.random.default_rng((args.seed, step))  # a step's randomness depends on nothing before it: --resume
-            batch = torch.from_numpy(rng.integers(len(tokens), size=args.batch_size)).to(device)
+            rng = np.random.default_rng(
+                (args.seed, step)
+            )  # a step's randomness depends on nothing before it: --resume
+            batch = torch.from_numpy(
+                rng.integers(len(tokens), size=args.batch_size)
+            ).to(device)
             y = drop_classes(labels[batch], model.config.num_classes, rng)
             with autocast(device):
                 loss = next_token_loss(run, tokens[batch], y)
             if not math.isfinite(loss.item()):
                 bar.close()
-                fail(f"the loss is {loss.item()} at step {step}: nothing saved since the last save; try a lower --lr")
+                fail(
+                    f"the loss is {loss.item()} at step {step}: nothing saved since the last save; try a lower --lr"
+                )
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, args.lr)
             optimizer.zero_grad()
@@ -345,11 +470,17 @@ def main(argv=None):
             seconds += time.perf_counter() - start
             done = step + 1
             if step == 0:
-                tqdm.write(f"first loss {loss.item():.3f}, that of guessing is ln {vocabulary} = {math.log(vocabulary):.3f}")
+                tqdm.write(
+                    f"first loss {loss.item():.3f}, that of guessing is ln {vocabulary} = {math.log(vocabulary):.3f}"
+                )
             if done % args.save_every == 0 or done == args.steps:
                 heldout = heldout_loss(model, test_tokens[:1000], test_labels[:1000])
-                history["heldout"].append({"step": done, "seconds": seconds, "loss": heldout})
-                tqdm.write(f"step {done}: held-out loss {heldout:.4f}, {heldout / math.log(2):.3f} bits per token")
+                history["heldout"].append(
+                    {"step": done, "seconds": seconds, "loss": heldout}
+                )
+                tqdm.write(
+                    f"step {done}: held-out loss {heldout:.4f}, {heldout / math.log(2):.3f} bits per token"
+                )
             if done % args.save_every == 0 or done == args.steps or stop.is_set():
                 save_checkpoint(done, path)
             if args.keep_every and done % args.keep_every == 0:
@@ -357,11 +488,20 @@ def main(argv=None):
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             if stop.is_set():
                 bar.close()
-                print(f"stopped after step {done}; go on with the same command and --resume", file=sys.stderr)
+                print(
+                    f"stopped after step {done}; go on with the same command and --resume",
+                    file=sys.stderr,
+                )
                 raise SystemExit(130)
-    plot_curves(args.out / f"{stem}.png", history, f"{stem}: one of {vocabulary} {args.labels} labels at a time",
-                math.log(vocabulary))  # fmt: skip
-    print(f"wrote {stem}.pt and {stem}.png to {args.out} after {seconds:.0f} s of training")
+    plot_curves(
+        args.out / f"{stem}.png",
+        history,
+        f"{stem}: one of {vocabulary} {args.labels} labels at a time",
+        math.log(vocabulary),
+    )
+    print(
+        f"wrote {stem}.pt and {stem}.png to {args.out} after {seconds:.0f} s of training"
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,18 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from tokenizer import CommandLine, fail, load, load_images, load_tokenizer, number, save, save_figure, short_hash, to_uint8
+from tokenizer import (
+    CommandLine,
+    fail,
+    load,
+    load_images,
+    load_tokenizer,
+    number,
+    save,
+    save_figure,
+    short_hash,
+    to_uint8,
+)
 
 
 def nearest_centroids(x, centroids, chunk=128):
@@ -24,9 +35,15 @@ def nearest_centroids(x, centroids, chunk=128):
     # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, where |x|^2 does not change which is smallest, and a column of ones turns the
     # rest into one matrix product. In chunks that stay in the cache, and are too small for BLAS to start threads for: both
     # matter, waking the threads costs more than so slim a product.
-    x1 = np.concatenate([x, np.ones((len(x), 1))], axis=1, dtype=np.float32)  # (n, d + 1)
-    c1 = np.concatenate([-2 * centroids.T, (centroids**2).sum(1)[None]], dtype=np.float32)  # (d + 1, k)
-    return np.concatenate([(x1[i : i + chunk] @ c1).argmin(axis=1) for i in range(0, len(x), chunk)])
+    x1 = np.concatenate(
+        [x, np.ones((len(x), 1))], axis=1, dtype=np.float32
+    )  # (n, d + 1)
+    c1 = np.concatenate(
+        [-2 * centroids.T, (centroids**2).sum(1)[None]], dtype=np.float32
+    )  # (d + 1, k)
+    return np.concatenate(
+        [(x1[i : i + chunk] @ c1).argmin(axis=1) for i in range(0, len(x), chunk)]
+    )
 
 
 def kmeans_plus_plus(x, k, rng):
@@ -53,7 +70,11 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
     if not 1 <= k <= len(x):
         raise ValueError(f"cannot make {k} clusters of {len(x)} rows")
     x = np.asarray(x, dtype=np.float64)
-    centroids = kmeans_plus_plus(x, k, np.random.default_rng(seed)) if init is None else np.array(init, np.float64)
+    centroids = (
+        kmeans_plus_plus(x, k, np.random.default_rng(seed))
+        if init is None
+        else np.array(init, np.float64)
+    )
     labels, inertia = None, []
     for _ in range(max_iter):
         previous, labels = labels, nearest_centroids(x, centroids)
@@ -68,7 +89,9 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
         inertia.append(distance.sum())
         if previous is not None and (labels == previous).all():
             break
-        sums = np.stack([np.bincount(labels, weights=column, minlength=k) for column in x.T], axis=1)  # (k, d)
+        sums = np.stack(
+            [np.bincount(labels, weights=column, minlength=k) for column in x.T], axis=1
+        )  # (k, d)
         centroids = sums / sizes[:, None]
     return labels, centroids, inertia
 
@@ -80,7 +103,9 @@ def swap_within_clusters(tokens, code_to_cluster, rng):
     shape of tokens. Each code of the cluster is equally likely, the token itself among them.
     """
     tokens, code_to_cluster = np.asarray(tokens), np.asarray(code_to_cluster)
-    by_cluster = code_to_cluster.argsort(kind="stable")  # all codes of cluster 0, then all of cluster 1, ...
+    by_cluster = code_to_cluster.argsort(
+        kind="stable"
+    )  # all codes of cluster 0, then all of cluster 1, ...
     sizes = np.bincount(code_to_cluster)
     starts = sizes.cumsum() - sizes
     coarse = code_to_cluster[tokens]
@@ -95,12 +120,24 @@ def random_clusters(code_to_cluster, rng):
 @torch.no_grad()
 def plot_swaps(path, model, images, fine, kmeans_labels, rng):
     """clusters.png, the paper's figure 1b: images uint8 (n, H, W, 3) and fine labels (n, T) of some unseen images."""
-    swaps = [swap_within_clusters(fine, g, rng) for g in (kmeans_labels, random_clusters(kmeans_labels, rng))]
-    rows = [images] + [to_uint8(model.decode(model.codes(torch.as_tensor(f)))) for f in (fine, *swaps)]
-    names = ["original", "reconstruction", "tokens swapped within\nk-means clusters", "tokens swapped within\nrandom clusters"]
+    swaps = [
+        swap_within_clusters(fine, g, rng)
+        for g in (kmeans_labels, random_clusters(kmeans_labels, rng))
+    ]
+    rows = [images] + [
+        to_uint8(model.decode(model.codes(torch.as_tensor(f)))) for f in (fine, *swaps)
+    ]
+    names = [
+        "original",
+        "reconstruction",
+        "tokens swapped within\nk-means clusters",
+        "tokens swapped within\nrandom clusters",
+    ]
     figure = Figure(figsize=(12, 5.2))
-    figure.suptitle(f"{len(kmeans_labels)} codes in {kmeans_labels.max() + 1} clusters: "
-                    "what stays of an image when every token becomes another one of its cluster")  # fmt: skip
+    figure.suptitle(
+        f"{len(kmeans_labels)} codes in {kmeans_labels.max() + 1} clusters: "
+        "what stays of an image when every token becomes another one of its cluster"
+    )
     for axes_row, name, row in zip(figure.subplots(4, len(images)), names, rows):
         for axes, image in zip(axes_row, row):
             axes.imshow(image)
@@ -113,35 +150,75 @@ def main(argv=None):
     parser = CommandLine(__doc__)
     parser.add_argument("--clusters", type=number(int, 1), default=128, help="M")
     parser.add_argument("--method", choices=["kmeans", "random"], default="kmeans")
-    parser.add_argument("--restarts", type=number(int, 1), default=3, help="k-means runs, of which the best is kept")
-    parser.add_argument("--max-iter", type=number(int, 1), default=300, help="Lloyd steps at most")
+    parser.add_argument(
+        "--restarts",
+        type=number(int, 1),
+        default=3,
+        help="k-means runs, of which the best is kept",
+    )
+    parser.add_argument(
+        "--max-iter", type=number(int, 1), default=300, help="Lloyd steps at most"
+    )
     args = parser.parse_args(argv)
     model, tokenizer = load_tokenizer(args.out, "cpu")
-    tokens = load(args.out / "tokens.pt", "tokenizer.py", codebook_id=tokenizer["codebook_id"])
+    tokens = load(
+        args.out / "tokens.pt", "tokenizer.py", codebook_id=tokenizer["codebook_id"]
+    )
     codebook = model.codebook.numpy()  # (K, d)
     if args.clusters > len(codebook):
-        fail(f"--clusters {args.clusters} is more than the {len(codebook)} codes of {args.out / 'tokenizer.pt'}")
+        fail(
+            f"--clusters {args.clusters} is more than the {len(codebook)} codes of {args.out / 'tokenizer.pt'}"
+        )
 
-    runs = [kmeans(codebook, args.clusters, args.seed + i, max_iter=args.max_iter) for i in range(args.restarts)]
+    runs = [
+        kmeans(codebook, args.clusters, args.seed + i, max_iter=args.max_iter)
+        for i in range(args.restarts)
+    ]
     labels, centroids, inertia = min(runs, key=lambda run: run[2][-1])
     sizes = np.bincount(labels, minlength=args.clusters)
-    print(f"{len(codebook)} codes in {args.clusters} clusters of {sizes.min()} to {sizes.max()} codes, median "
-          f"{np.median(sizes):.0f}; inertia {inertia[0]:.1f} -> {inertia[-1]:.1f} in {len(inertia)} steps, best of "
-          f"{args.restarts}: {inertia[-1] / ((codebook - codebook.mean(0)) ** 2).sum():.1%} of the codebook's variance")  # fmt: skip
+    print(
+        f"{len(codebook)} codes in {args.clusters} clusters of {sizes.min()} to {sizes.max()} codes, median "
+        f"{np.median(sizes):.0f}; inertia {inertia[0]:.1f} -> {inertia[-1]:.1f} in {len(inertia)} steps, best of "
+        f"{args.restarts}: {inertia[-1] / ((codebook - codebook.mean(0)) ** 2).sum():.1%} of the codebook's variance"
+    )
 
     data = tokenizer["data"]
     images, _, _ = load_images(data["name"], "test", data["image_size"])
     rng = np.random.default_rng(args.seed)
-    plot_swaps(args.out / "clusters.png", model, images[:10], tokens["test_fine"][:10].long(), labels, rng)
+    plot_swaps(
+        args.out / "clusters.png",
+        model,
+        images[:10],
+        tokens["test_fine"][:10].long(),
+        labels,
+        rng,
+    )
     if args.method == "random":
         labels = random_clusters(labels, rng)
-        sums = np.stack([np.bincount(labels, weights=column, minlength=args.clusters) for column in codebook.T], axis=1)
+        sums = np.stack(
+            [
+                np.bincount(labels, weights=column, minlength=args.clusters)
+                for column in codebook.T
+            ],
+            axis=1,
+        )
         centroids = sums / sizes[:, None]
-        print("labels permuted at random over the codes: this is the control, not the method")
+        print(
+            "labels permuted at random over the codes: this is the control, not the method"
+        )
     code_to_cluster = torch.from_numpy(labels)
-    save({"script": "cluster.py", "code_to_cluster": code_to_cluster, "centroids": torch.from_numpy(centroids).float(),
-          "inertia": [float(value) for value in inertia], "method": args.method, "codebook_id": tokenizer["codebook_id"],
-          "cluster_id": short_hash(code_to_cluster, model.codebook)}, args.out / "clusters.pt")  # fmt: skip
+    save(
+        {
+            "script": "cluster.py",
+            "code_to_cluster": code_to_cluster,
+            "centroids": torch.from_numpy(centroids).float(),
+            "inertia": [float(value) for value in inertia],
+            "method": args.method,
+            "codebook_id": tokenizer["codebook_id"],
+            "cluster_id": short_hash(code_to_cluster, model.codebook),
+        },
+        args.out / "clusters.pt",
+    )
     print(f"wrote clusters.pt and clusters.png to {args.out}")
 
 
