@@ -1,15 +1,20 @@
-"""Stage 1: group similar codewords, so that each fine label q in 0..K-1 gets a coarse label c = g(q) in 0..M-1.
+"""Stage 1: group similar codewords: fine label q, 0..K-1 -> coarse label g(q), 0..M-1.
 
-The observation behind CTF (arXiv 2503.16194, section 3.1, figures 1a and 1b): a large codebook is redundant. Replace
-every token of an image by another one of its cluster, and the picture survives; do the same with clusters made at random,
-and it does not. So the cluster of a token says nearly everything, and can be predicted first.
+The observation behind CTF (arXiv 2503.16194, section 3.1, figures 1a and 1b): a large
+codebook is redundant. Replace every token of an image by another one of its cluster,
+and the picture survives; with clusters made at random it does not. So the cluster of a
+token says nearly everything, and can be predicted first.
 
-    python cluster.py                                # k-means, M = 128
-    python cluster.py --method random --out out2     # the paper's control (copy tokenizer.pt and tokens.pt there first)
+    python cluster.py                  # k-means, M = 128
+    python cluster.py --method random  # the paper's control; use another --out, with
+                                       # copies of tokenizer.pt and tokens.pt in it
 
-Reads tokenizer.pt and tokens.pt; writes clusters.pt (code_to_cluster is the map g) and clusters.png (figure 1b).
-One token all the way, with K = 6 and M = 2: code_to_cluster = [0, 1, 1, 0, 1, 0]; the fine label 4 has the coarse label
-1; stage 2 (ar_model.py) predicts that 1, and stage 3 (aux_model.py) picks one of 1, 2, 4 given it and its neighbours.
+Reads tokenizer.pt and tokens.pt; writes clusters.pt (code_to_cluster is g) and
+clusters.png (figure 1b), in seconds.
+
+One token all the way, with K = 6 and M = 2: code_to_cluster = [0, 1, 1, 0, 1, 0]. The
+fine label 4 has the coarse label 1. Stage 2 (ar_model.py) predicts that 1; stage 3
+(aux_model.py) picks one of 1, 2 and 4, given the coarse labels of the whole image.
 """
 
 import numpy as np
@@ -18,94 +23,93 @@ from matplotlib.figure import Figure
 
 from tokenizer import (
     CommandLine,
+    at_least,
     fail,
     load,
     load_images,
     load_tokenizer,
-    number,
+    reconstruct,
     save,
     save_figure,
     short_hash,
-    to_uint8,
 )
 
 
-def nearest_centroids(x, centroids, chunk=128):
-    """Index int64 (n,) of the centroid (k, d) nearest to each row of x (n, d)."""
-    # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, where |x|^2 does not change which is smallest, and a column of ones turns the
-    # rest into one matrix product. In chunks that stay in the cache, and are too small for BLAS to start threads for: both
-    # matter, waking the threads costs more than so slim a product.
-    x1 = np.concatenate(
-        [x, np.ones((len(x), 1))], axis=1, dtype=np.float32
-    )  # (n, d + 1)
-    c1 = np.concatenate(
-        [-2 * centroids.T, (centroids**2).sum(1)[None]], dtype=np.float32
-    )  # (d + 1, k)
-    return np.concatenate(
-        [(x1[i : i + chunk] @ c1).argmin(axis=1) for i in range(0, len(x), chunk)]
-    )
+def nearest_centroids(x, centroids):
+    """The index int64 (n,) of the centroid (k, d) nearest to each row of x (n, d)."""
+    # |x - c|^2 = |x|^2 - 2 x.c + |c|^2. The first term is the same for all c; a column
+    # of ones makes one matrix product of the others. 128 rows at a time stay in the
+    # cache, and are too few for BLAS to wake its threads, which costs more than it
+    # saves here: 3 times faster than the (n, k) table at once.
+    x1 = np.concatenate([x, np.ones((len(x), 1))], axis=1, dtype=np.float32)
+    norms = (centroids**2).sum(axis=1)[None]
+    c1 = np.concatenate([-2 * centroids.T, norms], dtype=np.float32)  # (d + 1, k)
+    rows = (x1[i : i + 128] for i in range(0, len(x), 128))
+    return np.concatenate([(part @ c1).argmin(axis=1) for part in rows])
 
 
 def kmeans_plus_plus(x, k, rng):
-    """k rows of x (n, d), far apart: each is drawn with probability proportional to its squared distance to the nearest
-    one drawn before (Arthur and Vassilvitskii 2007)."""
+    """k rows of x (n, d) that lie far apart, to start from.
+
+    Each is drawn with a probability proportional to its squared distance to the nearest
+    one drawn before (Arthur and Vassilvitskii 2007).
+    """
     chosen = [rng.integers(len(x))]
     distance = np.full(len(x), np.inf)  # (n,) squared, to the nearest chosen row
     for _ in range(k - 1):
-        distance = np.minimum(distance, ((x - x[chosen[-1]]) ** 2).sum(1))
+        distance = np.minimum(distance, ((x - x[chosen[-1]]) ** 2).sum(axis=1))
         cumulative = distance.cumsum()
-        # If every row equals a chosen one, all distances are 0 and any row will do.
         pick = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
-        chosen.append(min(pick, len(x) - 1))
+        chosen.append(min(pick, len(x) - 1))  # all distances 0: any row will do
     return x[chosen]
 
 
 def kmeans(x, k, seed=0, init=None, max_iter=300):
-    """Lloyd's algorithm: minimise the inertia, the sum of squared distances of the rows of x to their centroids.
+    """Lloyd's algorithm: minimise the inertia, the sum of squared distances of the rows
+    of x (n, d) to the centroids of their clusters.
 
-    x: float (n, d). init: centroids (k, d) to start from instead of k-means++ seeding. Stops when no label changes, at the
-    latest after max_iter steps. Returns int64 labels (n,), float64 centroids (k, d), and the inertia of each step, a list
-    that never rises. Raises ValueError if there are fewer rows than clusters.
+    init: centroids (k, d) to start from; else k-means++ seeding. Ends when no label
+    changes, at the latest after max_iter steps. Returns int64 labels (n,), float64
+    centroids (k, d), and the inertia after each step, which never rises. Raises
+    ValueError if there are fewer rows than clusters.
     """
     if not 1 <= k <= len(x):
         raise ValueError(f"cannot make {k} clusters of {len(x)} rows")
     x = np.asarray(x, dtype=np.float64)
-    centroids = (
-        kmeans_plus_plus(x, k, np.random.default_rng(seed))
-        if init is None
-        else np.array(init, np.float64)
-    )
-    labels, inertia = None, []
+    if init is None:
+        init = kmeans_plus_plus(x, k, np.random.default_rng(seed))
+    centroids, labels, inertia = np.array(init, dtype=np.float64), None, []
     for _ in range(max_iter):
         previous, labels = labels, nearest_centroids(x, centroids)
-        distance = ((x - centroids[labels]) ** 2).sum(1)  # (n,)
+        distance = ((x - centroids[labels]) ** 2).sum(axis=1)  # (n,)
         sizes = np.bincount(labels, minlength=k)
-        # An empty cluster takes over the row farthest from its centroid, which can only lower the inertia.
         for empty in np.flatnonzero(sizes == 0):
-            donors = np.where(sizes[labels] > 1, distance, -1)
-            farthest = donors.argmax()
-            sizes[labels[farthest]] -= 1
-            labels[farthest], sizes[empty], distance[farthest] = empty, 1, 0
-        inertia.append(distance.sum())
+            # It takes over the row farthest from its centroid: the inertia falls.
+            row = np.where(sizes[labels] > 1, distance, -1).argmax()
+            sizes[labels[row]] -= 1
+            labels[row], sizes[empty], distance[row] = empty, 1, 0
+        centroids = cluster_means(x, labels, sizes)
+        inertia.append(((x - centroids[labels]) ** 2).sum())
         if previous is not None and (labels == previous).all():
             break
-        sums = np.stack(
-            [np.bincount(labels, weights=column, minlength=k) for column in x.T], axis=1
-        )  # (k, d)
-        centroids = sums / sizes[:, None]
     return labels, centroids, inertia
+
+
+def cluster_means(x, labels, sizes):
+    """The mean (k, d) of the rows of x (n, d) in each cluster; sizes (k,) above 0."""
+    k = len(sizes)
+    sums = [np.bincount(labels, weights=column, minlength=k) for column in x.T]
+    return np.stack(sums, axis=1) / sizes[:, None]
 
 
 def swap_within_clusters(tokens, code_to_cluster, rng):
     """Replace every token by a random code of its cluster (figure 1b).
 
-    tokens: int fine labels of any shape. code_to_cluster: int (K,). rng: a numpy Generator. Returns int64 fine labels of the
-    shape of tokens. Each code of the cluster is equally likely, the token itself among them.
+    tokens: fine labels of any shape, code_to_cluster: (K,), integers; rng: a numpy
+    Generator. Returns int64 fine labels of the shape of tokens. All codes of a cluster
+    are equally likely, the token itself among them.
     """
-    tokens, code_to_cluster = np.asarray(tokens), np.asarray(code_to_cluster)
-    by_cluster = code_to_cluster.argsort(
-        kind="stable"
-    )  # all codes of cluster 0, then all of cluster 1, ...
+    by_cluster = code_to_cluster.argsort(kind="stable")  # the codes of cluster 0, of 1
     sizes = np.bincount(code_to_cluster)
     starts = sizes.cumsum() - sizes
     coarse = code_to_cluster[tokens]
@@ -113,111 +117,91 @@ def swap_within_clusters(tokens, code_to_cluster, rng):
 
 
 def random_clusters(code_to_cluster, rng):
-    """The control: clusters of the same sizes, but of codes that have nothing in common. int (K,) -> int (K,)."""
+    """The control: as large, but of codes with nothing in common. (K,) -> (K,)."""
     return rng.permutation(code_to_cluster)
 
 
-@torch.no_grad()
-def plot_swaps(path, model, images, fine, kmeans_labels, rng):
-    """clusters.png, the paper's figure 1b: images uint8 (n, H, W, 3) and fine labels (n, T) of some unseen images."""
-    swaps = [
-        swap_within_clusters(fine, g, rng)
-        for g in (kmeans_labels, random_clusters(kmeans_labels, rng))
-    ]
-    rows = [images] + [
-        to_uint8(model.decode(model.codes(torch.as_tensor(f)))) for f in (fine, *swaps)
-    ]
-    names = [
-        "original",
-        "reconstruction",
-        "tokens swapped within\nk-means clusters",
-        "tokens swapped within\nrandom clusters",
-    ]
-    figure = Figure(figsize=(12, 5.2))
+def load_clusters(out, codebook_id):
+    """The artifact clusters.pt in the folder out; fails if of another codebook."""
+    return load(out / "clusters.pt", "cluster.py", codebook_id=codebook_id)
+
+
+def plot_swaps(path, model, images, fine, code_to_cluster, rng):
+    """clusters.png, which is figure 1b.
+
+    images uint8 (n, H, W, 3) and their fine labels int64 (n, T); code_to_cluster (K,)
+    of k-means.
+    """
+    control = random_clusters(code_to_cluster, rng)
+    swaps = [swap_within_clusters(fine, g, rng) for g in (code_to_cluster, control)]
+    rows = {
+        "original": images,
+        "reconstruction": reconstruct(model, torch.from_numpy(fine)),
+        "tokens swapped within\nk-means clusters": swaps[0],
+        "tokens swapped within\nrandom clusters": swaps[1],
+    }
+    for name in list(rows)[2:]:
+        rows[name] = reconstruct(model, torch.from_numpy(rows[name]))
+    figure = Figure(figsize=(12, 5))
+    K, M = len(code_to_cluster), code_to_cluster.max() + 1
     figure.suptitle(
-        f"{len(kmeans_labels)} codes in {kmeans_labels.max() + 1} clusters: "
-        "what stays of an image when every token becomes another one of its cluster"
+        f"every token becomes another one of its cluster ({K} codes, {M} clusters)"
     )
-    for axes_row, name, row in zip(figure.subplots(4, len(images)), names, rows):
-        for axes, image in zip(axes_row, row):
-            axes.imshow(image)
-            axes.set(xticks=[], yticks=[], frame_on=False)
-        axes_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
-    save_figure(figure, path)
+    for axes, (name, row) in zip(figure.subplots(4, len(images)), rows.items()):
+        axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        for ax, image in zip(axes, row):
+            ax.imshow(image)
+            ax.set(xticks=[], yticks=[], frame_on=False)
+    save_figure(path, figure)
 
 
 def main(argv=None):
     parser = CommandLine(__doc__)
-    parser.add_argument("--clusters", type=number(int, 1), default=128, help="M")
-    parser.add_argument("--method", choices=["kmeans", "random"], default="kmeans")
-    parser.add_argument(
-        "--restarts",
-        type=number(int, 1),
-        default=3,
-        help="k-means runs, of which the best is kept",
-    )
-    parser.add_argument(
-        "--max-iter", type=number(int, 1), default=300, help="Lloyd steps at most"
-    )
+    add = parser.add_argument
+    add("--clusters", type=at_least(1), default=128, help="M")
+    add("--method", choices=["kmeans", "random"], default="kmeans", help="the map g")
+    add("--restarts", type=at_least(1), default=3, help="runs; the best is kept")
+    add("--max-iter", type=at_least(1), default=300, help="Lloyd steps at most")
     args = parser.parse_args(argv)
     model, tokenizer = load_tokenizer(args.out, "cpu")
-    tokens = load(
-        args.out / "tokens.pt", "tokenizer.py", codebook_id=tokenizer["codebook_id"]
-    )
+    codebook_id, data = tokenizer["codebook_id"], tokenizer["data"]
+    tokens = load(args.out / "tokens.pt", "tokenizer.py", codebook_id=codebook_id)
     codebook = model.codebook.numpy()  # (K, d)
-    if args.clusters > len(codebook):
-        fail(
-            f"--clusters {args.clusters} is more than the {len(codebook)} codes of {args.out / 'tokenizer.pt'}"
-        )
+    K, M = len(codebook), args.clusters
+    if M > K:
+        fail(f"--clusters {M} is more than the {K} codes of {args.out}/tokenizer.pt")
 
-    runs = [
-        kmeans(codebook, args.clusters, args.seed + i, max_iter=args.max_iter)
-        for i in range(args.restarts)
-    ]
-    labels, centroids, inertia = min(runs, key=lambda run: run[2][-1])
-    sizes = np.bincount(labels, minlength=args.clusters)
+    seeds = range(args.seed, args.seed + args.restarts)
+    runs = [kmeans(codebook, M, seed, max_iter=args.max_iter) for seed in seeds]
+    code_to_cluster, centroids, inertia = min(runs, key=lambda run: run[2][-1])
+    sizes = np.bincount(code_to_cluster, minlength=M)
+    variance = ((codebook - codebook.mean(axis=0)) ** 2).sum()
     print(
-        f"{len(codebook)} codes in {args.clusters} clusters of {sizes.min()} to {sizes.max()} codes, median "
-        f"{np.median(sizes):.0f}; inertia {inertia[0]:.1f} -> {inertia[-1]:.1f} in {len(inertia)} steps, best of "
-        f"{args.restarts}: {inertia[-1] / ((codebook - codebook.mean(0)) ** 2).sum():.1%} of the codebook's variance"
+        f"{M} clusters of {sizes.min()} to {sizes.max()} codes, median {np.median(sizes):.0f}"
+    )
+    print(
+        f"inertia {inertia[0]:.1f} -> {inertia[-1]:.1f} in {len(inertia)} steps, best of "
+        f"{args.restarts} runs: {inertia[-1] / variance:.1%} of the codebook's variance"
     )
 
-    data = tokenizer["data"]
-    images, _, _ = load_images(data["name"], "test", data["image_size"])
     rng = np.random.default_rng(args.seed)
-    plot_swaps(
-        args.out / "clusters.png",
-        model,
-        images[:10],
-        tokens["test_fine"][:10].long(),
-        labels,
-        rng,
-    )
+    images = load_images(data["name"], "test", data["image_size"])[0][:10]
+    fine = tokens["test_fine"][:10].long().numpy()
+    plot_swaps(args.out / "clusters.png", model, images, fine, code_to_cluster, rng)
     if args.method == "random":
-        labels = random_clusters(labels, rng)
-        sums = np.stack(
-            [
-                np.bincount(labels, weights=column, minlength=args.clusters)
-                for column in codebook.T
-            ],
-            axis=1,
-        )
-        centroids = sums / sizes[:, None]
-        print(
-            "labels permuted at random over the codes: this is the control, not the method"
-        )
-    code_to_cluster = torch.from_numpy(labels)
+        print("labels permuted over the codes: this is the control, not the method")
+        code_to_cluster = random_clusters(code_to_cluster, rng)
+        centroids = cluster_means(codebook, code_to_cluster, sizes)
+    code_to_cluster = torch.from_numpy(code_to_cluster)
     save(
-        {
-            "script": "cluster.py",
-            "code_to_cluster": code_to_cluster,
-            "centroids": torch.from_numpy(centroids).float(),
-            "inertia": [float(value) for value in inertia],
-            "method": args.method,
-            "codebook_id": tokenizer["codebook_id"],
-            "cluster_id": short_hash(code_to_cluster, model.codebook),
-        },
         args.out / "clusters.pt",
+        script="cluster.py",
+        code_to_cluster=code_to_cluster,
+        centroids=torch.from_numpy(centroids).float(),
+        inertia=[float(value) for value in inertia],
+        method=args.method,
+        codebook_id=codebook_id,
+        cluster_id=short_hash(code_to_cluster, model.codebook),
     )
     print(f"wrote clusters.pt and clusters.png to {args.out}")
 
