@@ -14,7 +14,6 @@ Reads tokens.pt and clusters.pt; writes coarse.pt and coarse.png (or baseline.pt
 """
 
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass
 
@@ -30,14 +29,15 @@ from tokenizer import (
     CommandLine,
     at_least,
     autocast,
-    fail,
+    finite,
     interruptible,
     learning_rate,
+    leave,
     load,
     pick_device,
-    save,
+    save_checkpoint,
     save_figure,
-    start,
+    start_or_resume,
     training_settings,
 )
 
@@ -305,7 +305,8 @@ def main(argv=None):
     add("--layers", type=at_least(1), default=ARConfig.layers)
     add("--dim", type=at_least(1), default=ARConfig.dim, help="multiple of 4 x heads")
     add("--heads", type=at_least(1), default=ARConfig.heads)
-    parser.add_training_flags(steps=3600, batch_size=32, lr=1e-3)
+    add("--keep-every", type=at_least(0), default=0, help="keep copies, in steps")
+    parser.add_training_flags(steps=3000, batch_size=32, lr=1e-3)
     args = parser.parse_args(argv)
     if args.dim % (4 * args.heads):
         parser.error(f"--dim must be a multiple of 4 x --heads: {4 * args.heads}")
@@ -335,30 +336,18 @@ def main(argv=None):
     model = ARModel(config).to(device)
     optimizer = adamw(model)
     settings = training_settings(args, **ids)
-    first, seconds, history = start(
-        path, "ar_model.py", args, settings, model, optimizer
+    first, seconds, history = start_or_resume(
+        args, path, "ar_model.py", settings, model, optimizer
     )
+    facts = {"script": "ar_model.py", "config": asdict(config), **ids}
+    facts |= {"settings": settings, "history": history}
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters over {vocabulary} {args.labels} labels, on {device}")
 
-    def save_checkpoint(path):
-        save(
-            path,
-            script="ar_model.py",
-            model=model.state_dict(),
-            config=asdict(config),
-            **ids,
-            settings=settings,
-            step=done,
-            seconds=seconds,
-            optimizer=optimizer.state_dict(),
-            history=history,
-        )
-
     if args.compile:
         model.compile()
-    bar = tqdm(range(first, args.steps), stem, args.steps, initial=first)
-    with interruptible() as stop:
+    todo = tqdm(range(first, args.steps), stem, args.steps, initial=first)
+    with interruptible() as stop, todo as bar:
         for step in bar:
             began = time.perf_counter()
             # Seeded by the step, so that a resumed run draws what it would have drawn.
@@ -368,36 +357,33 @@ def main(argv=None):
             y = drop_classes(labels[batch], num_classes, rng)
             with autocast(device):
                 loss = next_token_loss(model, tokens[batch], y)
-            if not math.isfinite(loss.item()):
-                bar.close()
-                fail(f"loss {loss.item()} at step {step}: {path} is of the last save")
+            history["loss"].append(finite(loss, step, path))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, args.lr)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            history["loss"].append(loss.item())
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            bar.set_postfix(loss=f"{history['loss'][-1]:.3f}", refresh=False)
             seconds, done = seconds + time.perf_counter() - began, step + 1
             if done == 1:
                 guess = f"guessing is ln {vocabulary} = {math.log(vocabulary):.3f}"
-                tqdm.write(f"first loss {loss.item():.3f}; {guess}")
+                tqdm.write(f"first loss {history['loss'][0]:.3f}; {guess}")
             if done % args.save_every == 0 or done == args.steps:
                 nats = heldout_loss(model, test_tokens[:1000], test_labels[:1000])
-                history["heldout"].append({"step": done, "loss": nats})
+                history["heldout"].append(
+                    {"step": done, "seconds": seconds, "loss": nats}
+                )
                 bits = nats / math.log(2)
                 tqdm.write(f"step {done}: {nats:.4f} held out, {bits:.3f} bits a token")
+            facts |= {"step": done, "seconds": seconds}
             if done % args.save_every == 0 or done == args.steps or stop.is_set():
-                save_checkpoint(path)
+                save_checkpoint(path, model, optimizer, **facts)
             if args.keep_every and done % args.keep_every == 0:
-                save_checkpoint(args.out / f"{stem}-{done:06d}.pt")
+                copy = path.with_name(f"{path.stem}-{done:06d}.pt")
+                save_checkpoint(copy, model, optimizer, **facts)
             if stop.is_set():
-                bar.close()
-                print(
-                    f"stopped after step {done}: add --resume to go on", file=sys.stderr
-                )
-                raise SystemExit(130)
+                leave(done)
     title = f"{stem}.pt: the next of {vocabulary} {args.labels} labels"
     plot_curves(args.out / f"{stem}.png", title, history, math.log(vocabulary))
     print(f"wrote {stem}.pt and {stem}.png to {args.out}; {seconds:.0f} s of training")

@@ -14,7 +14,6 @@ from the held-out bits per token (evaluate.py).
 """
 
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass
 
@@ -40,13 +39,14 @@ from tokenizer import (
     CommandLine,
     at_least,
     autocast,
-    fail,
+    finite,
     interruptible,
     learning_rate,
+    leave,
     load,
     pick_device,
-    save,
-    start,
+    save_checkpoint,
+    start_or_resume,
     training_settings,
 )
 
@@ -180,7 +180,8 @@ def main(argv=None):
     add("--layers", type=at_least(1), default=AuxConfig.layers)
     add("--dim", type=at_least(1), default=AuxConfig.dim, help="multiple of 4 x heads")
     add("--heads", type=at_least(1), default=AuxConfig.heads)
-    parser.add_training_flags(steps=1000, batch_size=32, lr=2e-3)
+    add("--keep-every", type=at_least(0), default=0, help="keep copies, in steps")
+    parser.add_training_flags(steps=1000, batch_size=32, lr=3e-3)
     args = parser.parse_args(argv)
     if args.dim % (4 * args.heads):
         parser.error(f"--dim must be a multiple of 4 x --heads: {4 * args.heads}")
@@ -198,9 +199,11 @@ def main(argv=None):
     model = AuxModel(config, g).to(device)
     optimizer = adamw(model)
     settings = training_settings(args, **ids)
-    first, seconds, history = start(
-        path, "aux_model.py", args, settings, model, optimizer
+    first, seconds, history = start_or_resume(
+        args, path, "aux_model.py", settings, model, optimizer
     )
+    facts = {"script": "aux_model.py", "config": asdict(config), **ids}
+    facts |= {"settings": settings, "history": history}
     g = g.to(device)
     fine, labels = data["train_fine"].long().to(device), data["train_labels"].to(device)
     test_fine = data["test_fine"].long().to(device)  # (N, T)
@@ -217,25 +220,11 @@ def main(argv=None):
     print(f"{size:.2f}M parameters, {M} coarse to {K} fine labels, on {device}")
     print(f"the cluster's most frequent code is right for {guess:.1%} of unseen tokens")
 
-    def save_checkpoint(path):
-        save(
-            path,
-            script="aux_model.py",
-            model=model.state_dict(),
-            config=asdict(config),
-            **ids,
-            settings=settings,
-            step=done,
-            seconds=seconds,
-            optimizer=optimizer.state_dict(),
-            history=history,
-        )
-
     if args.compile:  # not cluster_logits: its shapes change with every batch
         for block in model.blocks:
             block.compile()
-    bar = tqdm(range(first, args.steps), "fine", args.steps, initial=first)
-    with interruptible() as stop:
+    todo = tqdm(range(first, args.steps), "fine", args.steps, initial=first)
+    with interruptible() as stop, todo as bar:
         for step in bar:
             began = time.perf_counter()
             # Seeded by the step, so that a resumed run draws what it would have drawn.
@@ -245,39 +234,36 @@ def main(argv=None):
             y = drop_classes(labels[batch], num_classes, rng)
             with autocast(device):
                 loss, _ = fine_loss(model, fine[batch], g, y)
-            if not math.isfinite(loss.item()):
-                bar.close()
-                fail(f"loss {loss.item()} at step {step}: {path} is of the last save")
+            history["loss"].append(finite(loss, step, path))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, args.lr)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            history["loss"].append(loss.item())
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            bar.set_postfix(loss=f"{history['loss'][-1]:.3f}", refresh=False)
             seconds, done = seconds + time.perf_counter() - began, step + 1
             if done == 1:
                 guess = f"guessing within the cluster is {uniform:.3f}"
-                tqdm.write(f"first loss {loss.item():.3f}; {guess}")
+                tqdm.write(f"first loss {history['loss'][0]:.3f}; {guess}")
             if done % args.save_every == 0 or done == args.steps:
                 some = test_fine[:1000], g, test_labels[:1000]
                 nats, right = heldout_fine(model, *some)
-                history["heldout"].append({"step": done, "loss": nats, "right": right})
+                history["heldout"].append(
+                    {"step": done, "seconds": seconds, "loss": nats, "right": right}
+                )
                 bits = nats / math.log(2)
                 tqdm.write(
                     f"step {done}: {bits:.3f} bits a token held out, {right:.1%} right"
                 )
+            facts |= {"step": done, "seconds": seconds}
             if done % args.save_every == 0 or done == args.steps or stop.is_set():
-                save_checkpoint(path)
+                save_checkpoint(path, model, optimizer, **facts)
             if args.keep_every and done % args.keep_every == 0:
-                save_checkpoint(args.out / f"fine-{done:06d}.pt")
+                copy = path.with_name(f"{path.stem}-{done:06d}.pt")
+                save_checkpoint(copy, model, optimizer, **facts)
             if stop.is_set():
-                bar.close()
-                print(
-                    f"stopped after step {done}: add --resume to go on", file=sys.stderr
-                )
-                raise SystemExit(130)
+                leave(done)
     title = f"fine.pt: the code within its cluster ({K} codes, {M} clusters)"
     plot_curves(args.out / "fine.png", title, history, uniform)
     print(f"wrote fine.pt and fine.png to {args.out}; {seconds:.0f} s of training")

@@ -164,8 +164,9 @@ def train_classifier(images, labels, num_classes, steps, seed, device):
     return model.eval()
 
 
-def get_classifier(path, images, labels, num_classes, steps, seed, device):
+def get_classifier(path, images, labels, num_classes, args, device):
     """The judge of these training images: read from path, or trained and kept there."""
+    steps, seed = args.judge_steps, args.seed
     settings = {"data": short_hash(images, labels), "steps": steps, "seed": seed}
     if path.exists():
         artifact = load(path, "evaluate.py")
@@ -287,6 +288,61 @@ def plot_metrics(path, metrics, distance):
     save_figure(path, figure)
 
 
+def measure(images, labels, network, judge, real, device):
+    """All figures of one set of images uint8 (N, H, W, 3) with class labels (N,).
+
+    network gives the features of the distance, and the logits of the Inception Score;
+    real (N', F) are the features of the real images; judge gives the class accuracy.
+    """
+    features, logits = look(network, images, device)
+    judged = logits if network is judge else look(judge, images, device)[1]
+    precision, recall = precision_recall(real[: len(features)], features)
+    distance = frechet_distance(*gaussian(real), *gaussian(features))
+    return {
+        "fd" if network is judge else "fid": distance,
+        "inception_score": inception_score(logits),
+        "precision": precision,
+        "recall": recall,
+        "class_accuracy": float((judged.argmax(1) == labels.numpy()).mean()),
+    }
+
+
+def bits_per_token(models, fine, g, labels):
+    """Held-out bits per token of each stage of a model: their sum is comparable.
+
+    -log p(q) = -log p(c) - sum_i log p(q_i | c): CTF is a likelihood of fine labels too.
+    fine (N, T), g (K,), labels (N,).
+    """
+    if "aux" in models:
+        nats = [heldout_loss(models["ar"], g[fine], labels)]
+        nats += heldout_fine(models["aux"], fine, g, labels)[:1]
+    else:
+        nats = [heldout_loss(models["ar"], fine, labels)]
+    return [value / math.log(2) for value in nats]
+
+
+def sample_sets(models, artifact, file, args, num_samples, num_classes):
+    """What there is to judge of one model: yields (facts, images, labels).
+
+    It is the sample file; or, with --cfg-scales, what is drawn now at each scale.
+    """
+    facts = {"step": artifact["step"]}
+    if file is not None:
+        facts |= file["settings"] | {"fine_settings": file["fine_settings"]}
+        facts |= {name: file[name] for name in ("seed", "images_per_second")}
+        images = file["images"].permute(0, 2, 3, 1)
+        yield facts, images[:num_samples], file["labels"][:num_samples]
+        return
+    labels = torch.arange(num_samples) % num_classes
+    for scale in args.cfg_scales:
+        settings = SETTINGS | {"cfg_scale": scale}
+        images, _, _, speed = sample_batches(
+            models, labels, args.seed, settings, FINE_SETTINGS, args.batch_size
+        )
+        facts |= settings | {"fine_settings": FINE_SETTINGS, "seed": args.seed}
+        yield facts | {"images_per_second": speed}, images, labels
+
+
 def main(argv=None):
     parser = CommandLine(__doc__)
     add, scale = parser.add_argument, at_least(0, float)
@@ -328,13 +384,7 @@ def main(argv=None):
         fail(f"{N} samples cannot be compared with {available}: draw fewer")
 
     judge = get_classifier(
-        args.out / "classifier.pt",
-        images,
-        labels,
-        len(classes),
-        args.judge_steps,
-        args.seed,
-        device,
+        args.out / "classifier.pt", images, labels, len(classes), args, device
     )
     network, distance = judge, "fd"
     if args.features == "inception":
@@ -343,19 +393,7 @@ def main(argv=None):
     if N < real.shape[1]:
         print(f"warning: {N} samples, fewer than {real.shape[1]} feature dimensions:")
         print(f"the covariance is singular, and {distance.upper()} far too high")
-    real_gaussian = gaussian(real)
-
-    def measure(images, labels):
-        features, logits = look(network, images, device)
-        judged = logits if network is judge else look(judge, images, device)[1]
-        precision, recall = precision_recall(real[:N], features)
-        return {
-            distance: frechet_distance(*real_gaussian, *gaussian(features)),
-            "inception_score": inception_score(logits),
-            "precision": precision,
-            "recall": recall,
-            "class_accuracy": float((judged.argmax(1) == labels.numpy()).mean()),
-        }
+    instruments = network, judge, real, device
 
     rng = np.random.default_rng(args.seed)
     fine, g = tokens["test_fine"].long(), clusters["code_to_cluster"].numpy()
@@ -364,7 +402,7 @@ def main(argv=None):
     for name, clustering in (("kmeans", g), ("random", random_clusters(g, rng))):
         swapped = swap_within_clusters(fine[:N].numpy(), clustering, rng)
         swapped = reconstruct(vqvae, torch.from_numpy(swapped).to(device)).cpu()
-        swaps[name] = measure(swapped, test_labels[:N])
+        swaps[name] = measure(swapped, test_labels[:N], *instruments)
     judged = look(judge, test_images, device)[1].argmax(1)
     accuracy = float((judged == test_labels.numpy()).mean())
     quality = psnr(test_images, reconstructions)
@@ -381,43 +419,26 @@ def main(argv=None):
             "cluster_id": clusters["cluster_id"],
         },
         "judge": {"test_accuracy": accuracy},
-        "real": measure(images[:N], labels[:N]),
-        "reconstruction": {
-            "psnr": quality,
-            **measure(reconstructions[:N], test_labels[:N]),
-        },
+        "real": measure(images[:N], labels[:N], *instruments),
+        "reconstruction": measure(reconstructions[:N], test_labels[:N], *instruments),
         "swap": swaps,
         "rows": [],
     }
+    metrics["reconstruction"]["psnr"] = quality
+    held_out = [t.to(device) for t in (fine, clusters["code_to_cluster"], test_labels)]
     for kind, (parts, artifact) in models.items():
-        # -log p(q) = -log p(c) - sum_i log p(q_i | c): CTF, too, has a likelihood.
-        g, q = clusters["code_to_cluster"].to(device), fine.to(device)
-        y = test_labels.to(device)
-        bits = [heldout_loss(parts["ar"], g[q] if kind == "ctf" else q, y)]
-        bits += [heldout_fine(parts["aux"], q, g, y)[0]] if kind == "ctf" else []
-        bits = [nats / math.log(2) for nats in bits]
+        bits = bits_per_token(parts, *held_out)
         networks = [part for name, part in parts.items() if name != "vqvae"]
-        facts = {
+        row = {
             "model": kind,
-            "step": artifact["step"],
             "bits_per_token": sum(bits),
             "bits_per_stage": bits,
             "parameters": sum(p.numel() for n in networks for p in n.parameters()),
         }
-        for scale in args.cfg_scales or []:
-            settings = SETTINGS | {"cfg_scale": scale}
-            sampled = torch.arange(N) % len(classes)
-            pictures, _, _, speed = sample_batches(
-                parts, sampled, args.seed, settings, FINE_SETTINGS, args.batch_size
-            )
-            facts |= settings | {"seed": args.seed, "images_per_second": speed}
-            metrics["rows"].append(facts | measure(pictures, sampled))
-        if kind in files:
-            file = files[kind]
-            pictures = file["images"][:N].permute(0, 2, 3, 1)
-            facts |= file["settings"] | {"fine_settings": file["fine_settings"]}
-            facts |= {name: file[name] for name in ("seed", "images_per_second")}
-            metrics["rows"].append(facts | measure(pictures, file["labels"][:N]))
+        drawn = sample_sets(parts, artifact, files.get(kind), args, N, len(classes))
+        for facts, pictures, wanted in drawn:
+            figures = measure(pictures, wanted, *instruments)
+            metrics["rows"].append(row | facts | figures)
 
     print_table(metrics, distance)
     print(f"\n{N} images of each kind against {len(test_images)} real test images.")

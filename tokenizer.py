@@ -80,7 +80,6 @@ class CommandLine(argparse.ArgumentParser):
         add("--batch-size", type=at_least(1), default=batch_size, help="images a step")
         add("--lr", type=at_least(0, float), default=lr, help="peak learning rate")
         add("--save-every", type=at_least(1), default=200, help="and measure, in steps")
-        add("--keep-every", type=at_least(0), default=0, help="keep copies; 0: none")
         add("--resume", action="store_true", help="go on where a run was interrupted")
         add("--compile", action="store_true", help="torch.compile, for long GPU runs")
 
@@ -156,7 +155,7 @@ def load(path, script, **ids):
     return artifact
 
 
-def start(path, script, args, settings, model, optimizer):
+def start_or_resume(args, path, script, settings, model, optimizer):
     """Where training begins: (step, seconds so far, history).
 
     With --resume, from the checkpoint at path, which is loaded into model and
@@ -174,6 +173,12 @@ def start(path, script, args, settings, model, optimizer):
     return checkpoint["step"], checkpoint["seconds"], checkpoint["history"]
 
 
+def save_checkpoint(path, model, optimizer, **facts):
+    """What later stages need to build the model, and --resume to train it further."""
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    save(path, **states, **facts)
+
+
 def training_settings(args, **more):
     """Everything that decides the weights, as a dict: the flags, and more."""
     others = ("out", "device", "save_every", "keep_every", "resume", "compile")
@@ -182,9 +187,9 @@ def training_settings(args, **more):
 
 @contextmanager
 def interruptible():
-    """Yields an event that Ctrl-C sets, so that no step is cut in two.
+    """Yields an event that Ctrl-C sets: the training loop ends after a whole step.
 
-    The training loop ends when it sees it. A second Ctrl-C ends the program at once.
+    A second Ctrl-C ends the program at once.
     """
     stop, previous = threading.Event(), signal.getsignal(signal.SIGINT)
 
@@ -197,6 +202,20 @@ def interruptible():
         yield stop
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def leave(step):
+    """End the program after Ctrl-C."""
+    print(f"stopped after step {step}: add --resume to go on", file=sys.stderr)
+    raise SystemExit(130)
+
+
+def finite(loss, step, path):
+    """The loss as a float; ends the program if it is none, before it harms the model."""
+    value = loss.item()
+    if not math.isfinite(value):
+        fail(f"the loss is {value} at step {step}; {path} is of the last save, if any")
+    return value
 
 
 def learning_rate(step, steps, peak, warmup=50):
@@ -487,6 +506,20 @@ class VQVAE(nn.Module):
         reborn = torch.from_numpy(rng.integers(len(vectors), size=len(which)))
         self.set_codes(which, vectors[reborn.to(z.device)])
 
+    @torch.no_grad()
+    def fill_codebook(self, images, rng):
+        """Start every code at an encoder output: at random, most would stay unused.
+
+        images: uint8 (N, H, W, 3), of which as many are encoded as give K vectors.
+        """
+        K, T = len(self.codebook), math.prod(self.grid)
+        some = torch.from_numpy(rng.integers(len(images), size=max(64, K // T + 1)))
+        parts = some.to(images.device).split(250)
+        z = torch.cat([self.encode(to_float(images[part])) for part in parts])
+        vectors = z.permute(0, 2, 3, 1).flatten(0, 2)  # (>= K, d)
+        chosen = torch.from_numpy(rng.permutation(len(vectors))[:K]).to(z.device)
+        self.set_codes(torch.arange(K, device=z.device), vectors[chosen])
+
     def usage(self):
         """(percent of the codes in use, perplexity), from the moving counts.
 
@@ -553,6 +586,35 @@ def plot(path, history, images, reconstructions):
     save_figure(path, figure)
 
 
+def write_tokens(out, model, data, history):
+    """Tokenize the whole data set: tokens.pt, tokenizer.png and a summary.
+
+    data: {"train": (images, labels), "test": (images, labels), "classes": names}.
+    """
+    (images, labels), (test_images, test_labels) = data["train"], data["test"]
+    fine, test_fine = tokenize(model, images), tokenize(model, test_images)
+    save(
+        out / "tokens.pt",
+        script="tokenizer.py",
+        train_fine=fine.int().cpu(),
+        test_fine=test_fine.int().cpu(),
+        train_labels=labels,
+        test_labels=test_labels,
+        classes=data["classes"],
+        grid=model.grid,
+        codebook_size=len(model.codebook),
+        codebook_id=short_hash(model.codebook),
+    )
+    reconstructions = reconstruct(model, test_fine)
+    plot(out / "tokenizer.png", history, test_images, reconstructions)
+    counts = test_fine.flatten().bincount(minlength=len(model.codebook))
+    perplexity = torch.special.entr(counts / counts.sum()).sum().exp().item()
+    occur = 100 * (counts > 0).float().mean().item()
+    quality = psnr(test_images, reconstructions)
+    print(f"all {len(test_images)} unseen images: {quality:.2f} dB")
+    print(f"{occur:.1f}% of the codes occur in them, perplexity {perplexity:.0f}")
+
+
 def main(argv=None):
     parser, config = CommandLine(__doc__), VQVAEConfig()
     add = parser.add_argument
@@ -563,7 +625,7 @@ def main(argv=None):
     add("--codebook-size", type=at_least(2), default=config.codebook_size, help="K")
     add("--code-dim", type=at_least(2), default=config.code_dim, help="d")
     add("--warmup", type=at_least(0), default=150, help="steps without a codebook")
-    parser.add_training_flags(steps=700, batch_size=128, lr=2e-3)
+    parser.add_training_flags(steps=600, batch_size=128, lr=2e-3)
     args = parser.parse_args(argv)
     if args.image_size % args.downsample:
         parser.error(f"--image-size must be a multiple of {args.downsample}")
@@ -575,21 +637,17 @@ def main(argv=None):
     fused = device.type != "mps"
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=fused)
     settings = training_settings(args)
-    first, seconds, history = start(
-        path, "tokenizer.py", args, settings, model, optimizer
+    first, seconds, history = start_or_resume(
+        args, path, "tokenizer.py", settings, model, optimizer
     )
     images, labels, classes = load_images(args.data, "train", args.image_size)
-    test_images, test_labels, test_classes = load_images(
-        args.data, "test", args.image_size
-    )
-    if test_classes != classes:
+    test_set = load_images(args.data, "test", args.image_size)
+    if test_set[2] != classes:
         fail(f"{args.data}: train and test do not have the same class folders")
-    images, test_images = images.to(device), test_images.to(device)
+    images, test_images = images.to(device), test_set[0].to(device)
+    print(f"{args.data}: {len(images)} + {len(test_images)} images, on {device}")
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(
-        f"{args.data}: {len(images)} + {len(test_images)} images, {len(classes)} classes"
-    )
-    print(f"{size:.2f}M parameters, {args.codebook_size} codes, on {device}")
+    print(f"{size:.2f}M parameters, {args.codebook_size} codes")
     modules = (torch, torchvision, np, matplotlib)  # what draws and reads the images
     data = {
         "name": args.data,
@@ -597,57 +655,25 @@ def main(argv=None):
         "classes": classes,
         "versions": {module.__name__: str(module.__version__) for module in modules},
     }
-
-    def save_checkpoint(path):
-        save(
-            path,
-            script="tokenizer.py",
-            model=model.state_dict(),
-            config=asdict(config),
-            data=data,
-            codebook_id=short_hash(model.codebook),
-            settings=settings,
-            step=done,
-            seconds=seconds,
-            optimizer=optimizer.state_dict(),
-            history=history,
-        )
+    facts = {"script": "tokenizer.py", "config": asdict(config), "data": data}
+    facts |= {"settings": settings, "history": history}
 
     if args.compile:
         model.compile()
-    bar = tqdm(range(first, args.steps), "tokenizer", args.steps, initial=first)
-    with interruptible() as stop:
+    todo = tqdm(range(first, args.steps), "tokenizer", args.steps, initial=first)
+    with interruptible() as stop, todo as bar:
         for step in bar:
             began = time.perf_counter()
             # Seeded by the step, so that a resumed run draws what it would have drawn.
             rng = np.random.default_rng((args.seed, step))
             if step == args.warmup:
-                # Codes begin where encoder outputs are, or most would stay unused.
-                enough = max(
-                    args.batch_size, args.codebook_size // math.prod(model.grid) + 1
-                )
-                some = torch.from_numpy(rng.integers(len(images), size=enough)).to(
-                    device
-                )
-                with torch.no_grad():
-                    z = torch.cat(
-                        [model.encode(to_float(images[i])) for i in some.split(250)]
-                    )
-                vectors = z.permute(0, 2, 3, 1).flatten(0, 2)  # (>= K, d)
-                chosen = torch.from_numpy(
-                    rng.permutation(len(vectors))[: args.codebook_size]
-                )
-                model.set_codes(
-                    torch.arange(args.codebook_size), vectors[chosen.to(device)]
-                )
+                model.fill_codebook(images, rng)
             batch = torch.from_numpy(rng.integers(len(images), size=args.batch_size))
             x = to_float(images[batch.to(device)])  # (B, 3, H, W)
             with autocast(device):
                 x_hat, z, fine, commitment = model(x, quantized=step >= args.warmup)
             loss = F.mse_loss(x_hat, x) + 0.25 * commitment
-            if not math.isfinite(loss.item()):
-                bar.close()
-                fail(f"loss {loss.item()} at step {step}: {path} is of the last save")
+            history["loss"].append(finite(loss, step, path))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, args.lr)
             optimizer.zero_grad()
@@ -656,61 +682,28 @@ def main(argv=None):
             optimizer.step()
             if fine is not None:
                 model.update_codebook(z.detach(), fine, rng)
-            history["loss"].append(loss.item())
-            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+            bar.set_postfix(loss=f"{history['loss'][-1]:.4f}", refresh=False)
             seconds, done = seconds + time.perf_counter() - began, step + 1
             if done % args.save_every == 0 or done == args.steps:
                 some = test_images[:1000]
                 quality = psnr(some, reconstruct(model, tokenize(model, some)))
                 used, perplexity = model.usage()
-                history["heldout"].append(
-                    {
-                        "step": done,
-                        "psnr": quality,
-                        "usage": used,
-                        "perplexity": perplexity,
-                    }
-                )
-                tqdm.write(
-                    f"step {done}: {quality:.2f} dB on unseen images, {used:.1f}% of the "
-                    f"codes in use, perplexity {perplexity:.0f}"
-                )
+                row = {"psnr": quality, "usage": used, "perplexity": perplexity}
+                history["heldout"].append({"step": done, "seconds": seconds, **row})
+                codes = f"{used:.1f}% of the codes in use, perplexity {perplexity:.0f}"
+                tqdm.write(f"step {done}: {quality:.2f} dB on unseen images, {codes}")
             if done % args.save_every == 0 or done == args.steps or stop.is_set():
-                save_checkpoint(path)
-            if args.keep_every and done % args.keep_every == 0:
-                save_checkpoint(args.out / f"tokenizer-{done:06d}.pt")
+                facts |= {"step": done, "seconds": seconds}
+                facts["codebook_id"] = short_hash(model.codebook)
+                save_checkpoint(path, model, optimizer, **facts)
             if stop.is_set():
-                bar.close()
-                print(
-                    f"stopped after step {done}: add --resume to go on", file=sys.stderr
-                )
-                raise SystemExit(130)
+                leave(done)
 
-    model.eval()
-    fine, test_fine = tokenize(model, images), tokenize(model, test_images)
-    share = (
-        test_fine.flatten().bincount(minlength=args.codebook_size) / test_fine.numel()
-    )
-    reconstructions = reconstruct(model, test_fine)
-    print(
-        f"{len(test_images)} unseen images: {psnr(test_images, reconstructions):.2f} dB, "
-        f"{100 * (share > 0).float().mean().item():.1f}% of the codes occur, perplexity "
-        f"{torch.special.entr(share).sum().exp().item():.0f}; {seconds:.0f} s of training"
-    )
-    save(
-        args.out / "tokens.pt",
-        script="tokenizer.py",
-        train_fine=fine.int().cpu(),
-        test_fine=test_fine.int().cpu(),
-        train_labels=labels,
-        test_labels=test_labels,
-        classes=classes,
-        grid=model.grid,
-        codebook_size=args.codebook_size,
-        codebook_id=short_hash(model.codebook),
-    )
-    plot(args.out / "tokenizer.png", history, test_images, reconstructions)
+    test_labels = test_set[1]
+    data = {"train": (images, labels), "test": (test_images, test_labels)}
+    write_tokens(args.out, model.eval(), data | {"classes": classes}, history)
     print(f"wrote tokenizer.pt, tokens.pt and tokenizer.png to {args.out}")
+    print(f"{seconds:.0f} s of training")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,152 @@
+"""Tiny inputs for the tests of each stage, made without running any other stage."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ar_model
+import aux_model
+import tokenizer
+
+torch.set_num_threads(1)  # tiny tensors: threads only cost time
+
+K, M, T, CLASSES = 32, 4, 16, 3  # codes, clusters, tokens of a 4x4 grid, classes
+IDS = {"codebook_id": "the-codebook", "cluster_id": "the-clusters"}
+SIZES = ["--layers", "1", "--dim", "16", "--heads", "2"]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder with train/ and test/ of 3 classes: 12 and 8 noisy 16x16 images each."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 8)):
+        for y, name in enumerate(("ant", "bee", "cat")):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 120, (16, 16, 3), dtype=np.uint8)
+                pixels[..., y] += 100  # the class is the colour
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def out(tmp_path, images):
+    """A folder with tokenizer.pt, tokens.pt and clusters.pt of random numbers."""
+    torch.manual_seed(0)
+    folder = tmp_path / "out"
+    config = tokenizer.VQVAEConfig(image_size=16, channels=16, codebook_size=K)
+    model = tokenizer.VQVAE(config)
+    classes = ["ant", "bee", "cat"]
+    data = {"name": str(images), "image_size": 16, "classes": classes, "versions": {}}
+    folder.mkdir()
+
+    def write(name, **artifact):
+        torch.save(IDS | artifact, folder / name)
+
+    write(
+        "tokenizer.pt",
+        script="tokenizer.py",
+        model=model.state_dict(),
+        config=vars(config),
+        data=data,
+    )
+    write(
+        "tokens.pt",
+        script="tokenizer.py",
+        train_fine=torch.randint(K, (36, T), dtype=torch.int32),
+        test_fine=torch.randint(K, (24, T), dtype=torch.int32),
+        train_labels=torch.arange(36) // 12,
+        test_labels=torch.arange(24) // 8,
+        classes=classes,
+        grid=(4, 4),
+        codebook_size=K,
+    )
+    write(
+        "clusters.pt",
+        script="cluster.py",
+        code_to_cluster=torch.arange(K) % M,
+        centroids=torch.zeros(M, 8),
+        method="kmeans",
+    )
+    return folder
+
+
+@pytest.fixture
+def trained(out):
+    """out with coarse.pt, baseline.pt and fine.pt of random numbers as well."""
+    facts = IDS | {"step": 7}
+    for name, vocabulary in (("coarse", M), ("baseline", K)):
+        config = ar_model.ARConfig(vocabulary, CLASSES, [4, 4], 1, 16, 2)
+        model = noisy(ar_model.ARModel(config))
+        artifact = {"model": model.state_dict(), "config": vars(config)}
+        artifact |= facts | {"script": "ar_model.py"}
+        torch.save(artifact, out / f"{name}.pt")
+    config = aux_model.AuxConfig(M, K, CLASSES, [4, 4], 1, 16, 2)
+    model = noisy(aux_model.AuxModel(config, torch.arange(K) % M))
+    artifact = {"model": model.state_dict(), "config": vars(config)}
+    torch.save(artifact | facts | {"script": "aux_model.py"}, out / "fine.pt")
+    return out
+
+
+def noisy(model):
+    """model with large random weights: a new head is all zeros, and predicts nothing."""
+    torch.manual_seed(1)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    return model.eval()
+
+
+def error_of(capsys, main, *argv):
+    """(exit code, stderr) of main(argv), which must exit; stderr must be one line.
+
+    SystemExit with a text is what Python prints on stderr, with exit code 1.
+    """
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(a) for a in argv])
+    code, printed = exit_info.value.code, capsys.readouterr().err
+    if isinstance(code, str):
+        code, printed = 1, code
+    message = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(message) == 1, printed
+    return code, message[0]
+
+
+def same_weights(a, b):
+    """Whether two artifacts hold exactly the same model."""
+    one, two = (torch.load(p, weights_only=True)["model"] for p in (a, b))
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def interrupt_at(monkeypatch, module, step):
+    """Press Ctrl-C during this step of the training loop of module."""
+    import signal
+
+    original = module.learning_rate
+
+    def learning_rate(now, *args):
+        if now == step:
+            signal.raise_signal(signal.SIGINT)
+        return original(now, *args)
+
+    monkeypatch.setattr(module, "learning_rate", learning_rate)
+
+
+def check_resume(monkeypatch, module, name, command, out, other_out):
+    """A run that Ctrl-C stops in step 3, then --resume, ends as an undisturbed run."""
+    module.main([*command, "--out", str(out)])
+    with monkeypatch.context() as context:
+        interrupt_at(context, module, 3)
+        with pytest.raises(SystemExit) as exit_info:
+            module.main([*command, "--out", str(other_out)])
+    assert exit_info.value.code == 130
+    checkpoint = torch.load(other_out / name, weights_only=True)
+    assert checkpoint["step"] == 4
+    assert not same_weights(out / name, other_out / name)
+    module.main([*command, "--out", str(other_out), "--resume"])
+    assert same_weights(out / name, other_out / name)
+    history = [
+        torch.load(o / name, weights_only=True)["history"] for o in (out, other_out)
+    ]
+    assert history[0]["loss"] == history[1]["loss"]

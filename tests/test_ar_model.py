@@ -1,0 +1,305 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+import ar_model
+from ar_model import ARConfig, ARModel, Block, filter_logits, generate, guide
+from tests.conftest import SIZES, K, M, check_resume, error_of, noisy
+
+TINY = [*SIZES, "--batch-size", "4", "--save-every", "100"]
+
+
+@pytest.fixture
+def model():
+    return noisy(ARModel(ARConfig(11, 3, [3, 4], layers=2, dim=32, heads=4)))
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(11, (5, 12), generator=torch.Generator().manual_seed(0))
+
+
+LABELS = torch.tensor([0, 1, 2, 3, 1])  # 3 is the null class
+
+
+# --------------------------------------------------------------------------------- model
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fine", "coarse"),
+    [
+        ((12, 768, 12), 110.89, 86.51),
+        ((24, 1024, 16), 342.91, 310.41),
+        ((36, 1280, 20), 774.70, 734.07),
+    ],
+)
+def test_parameters_at_the_papers_sizes(sizes, fine, coarse):
+    for vocabulary, millions in ((16384, fine), (512, coarse)):
+        with torch.device("meta"):  # counts, but no memory
+            model = ARModel(ARConfig(vocabulary, 1000, [16, 16], *sizes))
+        count = sum(p.numel() for p in model.parameters())
+        assert round(count / 1e6, 2) == millions
+
+
+def test_future_tokens_do_not_change_past_logits(model, tokens):
+    logits = model(LABELS, tokens[:, :-1])
+    assert logits.shape == (5, 12, 11)
+    for t in range(11):
+        changed = tokens.clone()
+        changed[:, t] = (changed[:, t] + 1) % 11
+        other = model(LABELS, changed[:, :-1])
+        torch.testing.assert_close(other[:, : t + 1], logits[:, : t + 1])
+        # and all later ones do see it
+        assert (other[:, t + 1 :] - logits[:, t + 1 :]).abs().amax(
+            dim=(0, 2)
+        ).min() > 1e-3
+
+
+def test_every_position_sees_the_class(model, tokens):
+    logits = model(LABELS, tokens[:, :-1])
+    other = model((LABELS + 1) % 4, tokens[:, :-1])
+    assert (other - logits).abs().amax(dim=2).min() > 1e-3
+
+
+def test_attention_against_the_formula():
+    torch.manual_seed(0)
+    block, x = noisy(Block(16, heads=2, causal=True)), torch.randn(3, 5, 16)
+    rotary = ar_model.rotary_table((2, 2), 8)
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    normed = normed * block.attention_norm.weight
+    q, k, v = (normed @ w.T for w in block.qkv.weight.split(16))
+    mixed = torch.zeros(3, 5, 16)
+    for b in range(3):
+        for head in (slice(0, 8), slice(8, 16)):
+            for i in range(5):
+                query = ar_model.rotate(q[b, i : i + 1, head], rotary[:, i : i + 1])
+                keys = ar_model.rotate(k[b, : i + 1, head], rotary[:, : i + 1])
+                weights = (keys @ query[0] / 8**0.5).softmax(0)
+                mixed[b, i, head] = weights @ v[b, : i + 1, head]
+    h = x + mixed @ block.out.weight.T
+    normed = (
+        h / (h.square().mean(-1, keepdim=True) + 1e-5).sqrt() * block.mlp_norm.weight
+    )
+    gate, up = (normed @ w.T for w in block.gate_up.weight.chunk(2))
+    wanted = h + (gate * torch.sigmoid(gate) * up) @ block.down.weight.T
+    torch.testing.assert_close(block(x, rotary), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_rotary_positions_against_complex_numbers():
+    x = torch.randn(1 + 3 * 5, 16)
+    turned = ar_model.rotate(x, ar_model.rotary_table((3, 5), 16))
+    torch.testing.assert_close(turned[0], x[0])  # the class token is not turned
+    for t in range(15):
+        row, column = divmod(t, 5)
+        for i in range(8):
+            place, j = (row, i) if i < 4 else (column, i - 4)
+            angle = place * 10_000 ** (-j / 4)
+            pair = complex(x[t + 1, i], x[t + 1, i + 8]) * complex(
+                math.cos(angle), math.sin(angle)
+            )
+            assert turned[t + 1, i].item() == pytest.approx(pair.real, abs=1e-5)
+            assert turned[t + 1, i + 8].item() == pytest.approx(pair.imag, abs=1e-5)
+
+
+def test_rotary_products_depend_on_the_offset_alone():
+    q, k = torch.randn(2, 16)
+    rotary = ar_model.rotary_table((6, 6), 16)[:, 1:].unflatten(1, (6, 6))
+
+    def product(at, other):
+        one = ar_model.rotate(q, rotary[:, at[0], at[1]])
+        return one @ ar_model.rotate(k, rotary[:, other[0], other[1]])
+
+    near = product((0, 1), (2, 4))
+    torch.testing.assert_close(product((3, 0), (5, 3)), near)
+    assert (product((3, 0), (5, 4)) - near).abs() > 1e-3
+    assert (product((3, 0), (4, 3)) - near).abs() > 1e-3
+
+
+def test_first_loss_is_that_of_guessing(tokens):
+    model = ARModel(ARConfig(11, 3, [3, 4], layers=2, dim=32, heads=4))
+    loss = ar_model.next_token_loss(model, tokens, LABELS)
+    assert loss.item() == pytest.approx(math.log(11), abs=1e-5)
+
+
+def test_loss_is_the_mean_of_minus_log_p(model, tokens):
+    log_p = model(LABELS, tokens[:, :-1]).log_softmax(-1)
+    total = sum(log_p[b, t, tokens[b, t]] for b in range(5) for t in range(12))
+    loss = ar_model.next_token_loss(model, tokens, LABELS)
+    torch.testing.assert_close(loss, -total / 60)
+
+
+def test_heldout_loss_weighs_every_image_alike(model):
+    tokens, labels = torch.randint(11, (260, 12)), torch.randint(3, (260,))
+    whole = ar_model.next_token_loss(model, tokens, labels).item()
+    assert ar_model.heldout_loss(model, tokens, labels) == pytest.approx(
+        whole, rel=1e-5
+    )
+
+
+# ---------------------------------------------------------------------------- generation
+
+
+def test_cached_logits_equal_those_of_the_whole_pass(model, tokens):
+    logits = model(LABELS, tokens[:, :-1])
+    caches = [ar_model.Cache(12) for _ in model.blocks]
+    x = model.class_embedding(LABELS)[:, None]
+    for t in range(12):
+        step = model.transformer(x, t, caches)[:, 0]
+        torch.testing.assert_close(step, logits[:, t], rtol=1e-4, atol=1e-5)
+        x = model.token_embedding(tokens[:, t])[:, None]
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_generate_equals_generation_without_a_cache(model, scale):
+    labels, null = torch.tensor([0, 1, 2, 1]), torch.full((4,), 3)
+    settings = {"temperature": 0.8, "top_k": 6, "top_p": 0.9}
+    drawn = generate(model, labels, torch.Generator().manual_seed(5), scale, **settings)
+    generator, tokens = (
+        torch.Generator().manual_seed(5),
+        torch.empty(4, 0, dtype=torch.long),
+    )
+    for _ in range(12):
+        cond, uncond = (model(y, tokens)[:, -1] for y in (labels, null))
+        logits = (uncond + scale * (cond - uncond)) / 0.8
+        token = ar_model.draw(filter_logits(logits, 6, 0.9), generator)
+        tokens = torch.cat([tokens, token[:, None]], dim=1)
+    assert torch.equal(drawn, tokens)
+
+
+def test_generate_depends_on_the_seed_and_top_k_1_does_not(model):
+    def run(seed, **settings):
+        generator = torch.Generator().manual_seed(seed)
+        return generate(model, torch.tensor([0, 1, 2]), generator, **settings)
+
+    assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
+    greedy = run(1, top_k=1)
+    assert torch.equal(greedy, run(2, top_k=1))
+    assert torch.equal(greedy, run(3, temperature=1e-3))
+    assert torch.equal(greedy, run(4, top_p=1e-6))
+
+
+def test_guidance_formula():
+    cond, uncond = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 1.0])
+    assert torch.equal(guide(cond, uncond, 1.0), cond)
+    assert torch.equal(guide(cond, uncond, 0.0), uncond)
+    assert guide(cond, uncond, 3.0).tolist() == [2.0, -8.0]
+
+
+def test_top_k_keeps_the_k_largest():
+    logits = torch.randn(4, 9)
+    for k in (1, 3, 8):
+        kept = filter_logits(logits, top_k=k)
+        for before, after in zip(logits, kept):
+            wanted = set(before.argsort(descending=True)[:k].tolist())
+            assert set(after.isfinite().nonzero()[:, 0].tolist()) == wanted
+            assert torch.equal(after[after.isfinite()], before[after.isfinite()])
+    for k in (0, 9, 10, 1000):  # off, all, and more than there are
+        assert torch.equal(filter_logits(logits, top_k=k), logits)
+
+
+def test_top_p_keeps_the_fewest_that_reach_p():
+    logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0)) * 2
+    for p in (1e-6, 0.3, 0.8, 0.99):
+        for before, after in zip(logits, filter_logits(logits, top_p=p)):
+            probability, wanted, total = before.double().softmax(-1), set(), 0.0
+            for i in probability.argsort(descending=True).tolist():
+                if total >= p:
+                    break
+                wanted.add(i)
+                total += probability[i].item()
+            assert set(after.isfinite().nonzero()[:, 0].tolist()) == wanted
+    assert torch.equal(filter_logits(logits, top_p=1.0), logits)
+
+
+def test_draws_follow_the_softmax():
+    logits = torch.tensor([1.0, -1.0, 0.0, -math.inf, 2.0])
+    generator = torch.Generator().manual_seed(0)
+    drawn = ar_model.draw(logits.expand(20_000, 5), generator)
+    counts, wanted = drawn.bincount(minlength=5).numpy(), 20_000 * logits.softmax(0)
+    assert counts[3] == 0
+    some = [0, 1, 2, 4]
+    wanted = wanted.double().numpy()[some]
+    assert chisquare(counts[some], wanted / wanted.sum() * 20_000).pvalue > 1e-3
+
+
+# ------------------------------------------------------------------------------ training
+
+
+def test_a_tenth_of_the_classes_becomes_the_null_class():
+    labels = torch.arange(5).repeat(4000)
+    dropped = ar_model.drop_classes(labels, 5, np.random.default_rng(0))
+    changed = dropped != labels
+    assert (dropped[changed] == 5).all() and torch.equal(
+        labels, torch.arange(5).repeat(4000)
+    )
+    assert changed.float().mean().item() == pytest.approx(0.1, abs=0.01)
+
+
+def test_only_matrices_decay(model):
+    decaying, others = ar_model.adamw(model).param_groups
+    assert decaying["weight_decay"] == 0.05 and others["weight_decay"] == 0
+    assert {p.ndim for p in decaying["params"]} == {2}
+    assert {p.ndim for p in others["params"]} == {1}
+    count = len(decaying["params"]) + len(others["params"])
+    assert count == len(list(model.parameters()))
+
+
+def test_the_model_learns_a_sequence_by_heart(tokens):
+    torch.manual_seed(0)
+    model = ARModel(ARConfig(11, 3, [3, 4], layers=2, dim=32, heads=4))
+    optimizer = ar_model.adamw(model)
+    labels = torch.tensor([0, 1, 2])
+    for _ in range(120):
+        loss = ar_model.next_token_loss(model, tokens[:3], labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    # lr 1e-3, AdamW's own; what stays is the first token, of which the class tells all
+    assert loss.item() < 0.5
+    assert torch.equal(generate(model, labels, torch.Generator(), top_k=1), tokens[:3])
+
+
+@pytest.mark.parametrize(("kind", "vocabulary"), [("coarse", M), ("fine", K)])
+def test_a_resumed_run_ends_with_the_same_weights(
+    out, tmp_path, monkeypatch, kind, vocabulary
+):
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("tokens.pt", "clusters.pt"):
+        (other / name).write_bytes((out / name).read_bytes())
+    name = {"coarse": "coarse.pt", "fine": "baseline.pt"}[kind]
+    command = [*TINY, "--labels", kind, "--steps", "6"]
+    check_resume(monkeypatch, ar_model, name, command, out, other)
+    model, artifact = ar_model.load_ar(out / name, "cpu", codebook_id="the-codebook")
+    assert model.head.out_features == vocabulary
+    assert artifact["cluster_id"] == ("the-clusters" if kind == "coarse" else None)
+    assert artifact["history"]["loss"][0] == pytest.approx(
+        math.log(vocabulary), abs=1e-4
+    )
+
+
+def test_kept_copies_and_refused_resumes(out, capsys):
+    command = [*TINY, "--out", out, "--steps", 4]
+    ar_model.main([str(a) for a in [*command, "--keep-every", 2]])
+    assert torch.load(out / "coarse-000002.pt", weights_only=True)["step"] == 2
+    assert torch.load(out / "coarse-000004.pt", weights_only=True)["step"] == 4
+    code, message = error_of(capsys, ar_model.main, *command, "--lr", 0.5, "--resume")
+    assert code == 1 and "trained with lr 0.001, not 0.5" in message
+    code, message = error_of(
+        capsys, ar_model.main, *command, "--labels", "fine", "--resume"
+    )
+    assert code == 1 and "baseline.pt is missing" in message
+
+
+def test_artifacts_that_do_not_fit_are_refused(out, capsys):
+    clusters = torch.load(out / "clusters.pt", weights_only=True)
+    torch.save(clusters | {"codebook_id": "another"}, out / "clusters.pt")
+    code, message = error_of(capsys, ar_model.main, "--out", out, *TINY)
+    assert code == 1 and "another codebook" in message and "cluster.py" in message
+    (out / "clusters.pt").unlink()
+    code, message = error_of(capsys, ar_model.main, "--out", out, *TINY)
+    assert code == 1 and "run python cluster.py first" in message
+    assert error_of(capsys, ar_model.main, "--out", out, "--dim", 30)[0] == 2

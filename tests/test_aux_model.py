@@ -1,0 +1,194 @@
+import math
+
+import pytest
+import torch
+
+import aux_model
+from aux_model import AuxConfig, AuxModel, predict_fine
+from tests.conftest import SIZES, K, M, check_resume, error_of, noisy
+
+TINY = [*SIZES, "--batch-size", "4", "--save-every", "100"]
+G = torch.tensor([2, 0, 1, 1, 0, 1, 2, 1, 1, 3])  # 10 codes in clusters of 2, 5, 2, 1
+
+
+@pytest.fixture
+def model():
+    config = AuxConfig(4, 10, 3, [3, 4], layers=2, dim=32, heads=4)
+    return noisy(AuxModel(config, G))
+
+
+@pytest.fixture
+def fine():
+    return torch.randint(10, (5, 12), generator=torch.Generator().manual_seed(0))
+
+
+LABELS = torch.tensor([0, 1, 2, 3, 1])  # 3 is the null class
+
+
+def dense_logits(model, coarse, labels):
+    """All K logits, then -inf outside the cluster: the definition."""
+    features = []
+    hook = model.norm.register_forward_hook(lambda *args: features.append(args[2]))
+    model(coarse, labels)
+    hook.remove()
+    logits = features[0] @ model.head.weight.T  # (B, T, K)
+    return logits.masked_fill(G != coarse[..., None], -math.inf)
+
+
+def test_parameters_at_the_papers_size():
+    with torch.device("meta"):
+        config = AuxConfig(512, 16384, 1000, [16, 16], 24, 1024, 16)
+        g = torch.arange(16384, device="cpu") % 512
+        with torch.device("cpu"):
+            config_small = AuxConfig(512, 16384, 1000, [16, 16], 1, 1024, 16)
+            one = sum(p.numel() for p in AuxModel(config_small, g).parameters())
+    layer = 4 * 1024**2 + 3 * 1024 * 2816 + 2 * 1024
+    assert round((one + 23 * layer) / 1e6, 2) == 326.66 and config.layers == 24
+
+
+def test_the_three_forms_of_the_map_agree(model):
+    codes = torch.arange(10)
+    assert torch.equal(model.members[G, model.rank], codes)
+    assert model.members.shape == (4, 5) and model.sizes == [2, 5, 2, 1]
+    assert sorted(model.by_cluster.tolist()) == codes.tolist()
+
+
+def test_logits_are_those_of_the_masked_k_way_head(model, fine):
+    coarse = G[fine]
+    logits, dense = model(coarse, LABELS), dense_logits(model, coarse, LABELS)
+    for b in range(5):
+        for i in range(12):
+            members = (G == coarse[b, i]).nonzero()[:, 0]
+            torch.testing.assert_close(
+                logits[b, i, : len(members)], dense[b, i, members]
+            )
+            assert (logits[b, i, len(members) :] < -1e8).all()
+
+
+def test_loss_is_the_masked_cross_entropy(model, fine):
+    dense = dense_logits(model, G[fine], LABELS)
+    log_p = dense.log_softmax(-1).gather(-1, fine[..., None])
+    loss, right = aux_model.fine_loss(model, fine, G, LABELS)
+    torch.testing.assert_close(loss, -log_p.mean())
+    assert right.item() == pytest.approx(
+        (dense.argmax(-1) == fine).float().mean().item()
+    )
+
+
+def test_gradient_is_that_of_the_masked_cross_entropy(model, fine):
+    loss, _ = aux_model.fine_loss(model, fine, G, LABELS)
+    (gradient,) = torch.autograd.grad(loss, model.head.weight)
+    dense = dense_logits(model, G[fine], LABELS)
+    dense_loss = -dense.log_softmax(-1).gather(-1, fine[..., None]).mean()
+    (wanted,) = torch.autograd.grad(dense_loss, model.head.weight)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_every_token_sees_every_coarse_label_and_the_class(model, fine):
+    coarse = G[fine]
+    logits = model(coarse, LABELS)
+    for i in range(12):
+        changed = coarse.clone()
+        changed[:, i] = (changed[:, i] + 1) % 4
+        other = model(changed, LABELS)
+        others = [t for t in range(12) if t != i]
+        assert (other - logits)[:, others].abs().amax(dim=2).min() > 1e-5
+    other = model(coarse, (LABELS + 1) % 4)
+    assert (other - logits).abs().amax(dim=2).min() > 1e-5
+
+
+def test_first_loss_is_that_of_guessing_within_the_cluster(fine):
+    model = AuxModel(AuxConfig(4, 10, 3, [3, 4], layers=1, dim=32, heads=4), G)
+    loss, _ = aux_model.fine_loss(model, fine, G, LABELS)
+    sizes = G.bincount()[G[fine]]
+    assert loss.item() == pytest.approx(sizes.float().log().mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cfg_scale": 3.0}, {"top_k": 4}])
+def test_a_fine_label_always_lies_in_its_cluster(model, settings):
+    coarse = torch.randint(4, (200, 12))
+    labels = torch.randint(3, (200,))
+    generator = torch.Generator().manual_seed(0)
+    fine = predict_fine(model, coarse, labels, generator, **settings)
+    assert torch.equal(G[fine], coarse)
+    assert len(fine.unique()) == 10  # and every code is reached
+
+
+def test_likeliest_fine_labels_with_guidance(model, fine):
+    coarse, labels = G[fine], torch.tensor([0, 1, 2, 2, 1])
+    cond = dense_logits(model, coarse, labels)
+    uncond = dense_logits(model, coarse, torch.full((5,), 3))
+    for scale in (1.0, 4.0):
+        drawn = predict_fine(model, coarse, labels, torch.Generator(), scale, top_k=1)
+        guided = uncond + scale * (cond - uncond)
+        assert torch.equal(drawn, guided.nan_to_num(-math.inf).argmax(-1))
+    cold = predict_fine(model, coarse, labels, torch.Generator(), temperature=1e-4)
+    assert torch.equal(cold, cond.argmax(-1))
+
+
+def test_draws_follow_the_probabilities(model, fine):
+    coarse, label = G[fine[:1]], torch.tensor([1])
+    generator = torch.Generator().manual_seed(0)
+    many = coarse.expand(4000, 12)
+    drawn = predict_fine(model, many, label.expand(4000), generator, temperature=2.0)
+    wanted = (dense_logits(model, coarse, label) / 2).softmax(-1)[0]  # (T, K)
+    for i in range(12):
+        frequency = drawn[:, i].bincount(minlength=10) / 4000
+        torch.testing.assert_close(frequency, wanted[i], rtol=0, atol=0.04)
+
+
+def test_heldout_weighs_every_image_alike(model):
+    fine, labels = torch.randint(10, (260, 12)), torch.randint(3, (260,))
+    whole = [value.item() for value in aux_model.fine_loss(model, fine, G, labels)]
+    assert aux_model.heldout_fine(model, fine, G, labels) == pytest.approx(
+        whole, rel=1e-5
+    )
+
+
+def test_a_resumed_run_ends_with_the_same_weights(out, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("tokens.pt", "clusters.pt"):
+        (other / name).write_bytes((out / name).read_bytes())
+    command = [*TINY, "--steps", "6"]
+    check_resume(monkeypatch, aux_model, "fine.pt", command, out, other)
+    g = torch.arange(K) % M
+    _, artifact = aux_model.load_aux(
+        out / "fine.pt", g, "cpu", cluster_id="the-clusters"
+    )
+    assert artifact["history"]["loss"][0] == pytest.approx(math.log(K / M), abs=1e-4)
+
+
+def test_it_learns_fine_labels_that_the_neighbours_determine():
+    # The fine label is the larger code of its cluster exactly where the label to the
+    # left is of cluster 1: only a model that looks around can know.
+    torch.manual_seed(0)
+    g = torch.tensor([0, 0, 1, 1])
+    model = AuxModel(AuxConfig(2, 4, 1, [2, 4], layers=2, dim=32, heads=2), g)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        coarse = torch.randint(2, (64, 8))
+        fine = 2 * coarse + coarse.roll(1, dims=1)
+        loss, right = aux_model.fine_loss(
+            model, fine, g, torch.zeros(64, dtype=torch.long)
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert right > 0.95
+
+
+def test_clusters_of_another_codebook_are_refused(out, capsys):
+    clusters = torch.load(out / "clusters.pt", weights_only=True)
+    torch.save(clusters | {"codebook_id": "another"}, out / "clusters.pt")
+    code, message = error_of(capsys, aux_model.main, "--out", out, *TINY)
+    assert code == 1 and "another codebook" in message and "cluster.py" in message
+
+
+def test_other_clusters_make_a_resume_fail(out, capsys):
+    command = [*TINY, "--out", out, "--steps", 2]
+    aux_model.main([str(a) for a in command])
+    clusters = torch.load(out / "clusters.pt", weights_only=True)
+    torch.save(clusters | {"cluster_id": "others"}, out / "clusters.pt")
+    code, message = error_of(capsys, aux_model.main, *command, "--resume")
+    assert code == 1 and "cluster_id the-clusters, not others" in message

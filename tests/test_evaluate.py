@@ -1,0 +1,221 @@
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+import evaluate
+import sample
+from ar_model import next_token_loss
+from aux_model import fine_loss
+from evaluate import frechet_distance, inception_score, precision_recall
+from tests.conftest import K, M, error_of
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def covariance(rng, size, rank=None):
+    a = rng.normal(size=(size, rank or size + 3))
+    return a @ a.T / size
+
+
+# ------------------------------------------------------------------------------- metrics
+
+
+def test_frechet_distance_against_the_matrix_root(rng):
+    mu1, mu2 = rng.normal(size=(2, 6))
+    s1, s2 = covariance(rng, 6), covariance(rng, 6)
+    root = scipy.linalg.sqrtm(s1 @ s2).real
+    wanted = ((mu1 - mu2) ** 2).sum() + np.trace(s1 + s2 - 2 * root)
+    assert frechet_distance(mu1, s1, mu2, s2) == pytest.approx(wanted)
+    assert frechet_distance(mu2, s2, mu1, s1) == pytest.approx(wanted)
+
+
+def test_frechet_distance_of_independent_features_in_closed_form():
+    mu1, mu2 = np.array([1.0, 2.0]), np.array([0.0, 4.0])
+    s1, s2 = np.diag([4.0, 9.0]), np.diag([1.0, 16.0])
+    # (1 - 0)^2 + (2 - 4)^2 + (2 - 1)^2 + (3 - 4)^2
+    assert frechet_distance(mu1, s1, mu2, s2) == pytest.approx(7)
+
+
+def test_frechet_distance_of_singular_covariances(rng):
+    s = covariance(rng, 8, rank=3)
+    assert frechet_distance(np.zeros(8), s, np.zeros(8), s) == pytest.approx(
+        0, abs=1e-6
+    )
+    scaled = frechet_distance(np.zeros(8), s, np.zeros(8), 4 * s)
+    assert scaled == pytest.approx(np.trace(s))  # tr(S + 4S - 2 * 2S)
+    assert frechet_distance(np.zeros(8), s, np.ones(8), 0 * s) == pytest.approx(
+        8 + np.trace(s)
+    )
+
+
+def test_gaussian_is_unbiased():
+    mean, cov = evaluate.gaussian(np.array([[0.0, 1.0], [2.0, 1.0], [4.0, 4.0]]))
+    np.testing.assert_allclose(mean, [2, 2])
+    np.testing.assert_allclose(cov, [[4, 3], [3, 3]])
+
+
+def test_inception_score_between_one_and_the_number_of_classes():
+    assert inception_score(np.zeros((100, 7))) == pytest.approx((1, 0))
+    certain = 1000 * np.eye(5)[np.arange(100) % 5]
+    assert inception_score(certain) == pytest.approx((5, 0))
+    same = 1000 * np.eye(5)[np.zeros(100, int)]  # certain, but no variety
+    assert inception_score(same) == pytest.approx((1, 0))
+
+
+def test_inception_score_against_the_definition(rng):
+    logits = 2 * rng.normal(size=(60, 4))
+    scores = []
+    for part in np.split(logits, 3):
+        p = np.exp(part) / np.exp(part).sum(axis=1, keepdims=True)
+        marginal = [sum(p[i, y] for i in range(20)) / 20 for y in range(4)]
+        kl = [
+            sum(p[i, y] * math.log(p[i, y] / marginal[y]) for y in range(4))
+            for i in range(20)
+        ]
+        scores.append(math.exp(sum(kl) / 20))
+    wanted = np.mean(scores), np.std(scores)
+    assert inception_score(logits, splits=3) == pytest.approx(wanted)
+
+
+def test_precision_recall_against_loops(rng):
+    real, fake = rng.normal(size=(40, 3)), rng.normal(0.7, 0.6, size=(30, 3))
+
+    def covered(points, members):
+        count = 0
+        for point in points:
+            for member in members:
+                others = sorted(np.linalg.norm(member - m) for m in members)
+                if np.linalg.norm(point - member) <= others[3]:  # others[0] is itself
+                    count += 1
+                    break
+        return count / len(points)
+
+    wanted = covered(fake, real), covered(real, fake)
+    assert precision_recall(real, fake) == pytest.approx(wanted)
+    assert 0 < wanted[1] < wanted[0] < 1
+
+
+def test_precision_recall_of_equal_distant_and_narrow_sets(rng):
+    real = rng.normal(size=(1500, 2))  # more than a block
+    assert precision_recall(real, real) == (1, 1)
+    assert precision_recall(real, real + 100) == (0, 0)
+    precision, recall = precision_recall(real, 0.01 * real[:200])
+    assert precision > 0.95 and recall < 0.05
+
+
+# ----------------------------------------------------------------------------- the judge
+
+
+def test_the_judge_learns_and_is_kept(images, tmp_path):
+    pixels, labels, _ = evaluate.load_images(str(images), "train", 16)
+    path = tmp_path / "classifier.pt"
+    args, cpu = SimpleNamespace(judge_steps=40, seed=0), torch.device("cpu")
+    judge = evaluate.get_classifier(path, pixels, labels, 3, args, cpu)
+    test, test_labels, _ = evaluate.load_images(str(images), "test", 16)
+    features, logits = evaluate.look(judge, test, "cpu")
+    assert (logits.argmax(1) == test_labels.numpy()).mean() > 0.9
+    assert features.shape == (24, 128) and features.dtype == np.float64
+    written = path.stat().st_mtime_ns
+    again = evaluate.get_classifier(path, pixels, labels, 3, args, cpu)
+    assert path.stat().st_mtime_ns == written  # read, not trained again
+    np.testing.assert_array_equal(evaluate.look(again, test, "cpu")[1], logits)
+    evaluate.get_classifier(path, pixels.flip(0), labels, 3, args, cpu)
+    assert path.stat().st_mtime_ns > written  # other images: another judge
+
+
+# ---------------------------------------------------------------------------- the report
+
+
+def run(out, *flags):
+    evaluate.main(["--out", str(out), "--judge-steps", "20", *flags])
+    return json.loads((out / "metrics.json").read_text())
+
+
+def test_metrics_of_sample_files(trained, capsys):
+    sample.main(["--out", str(trained), "--num-samples", "16", "--cfg-scale", "2"])
+    flags = ["--out", str(trained), "--model", "baseline", "--num-samples", "12"]
+    sample.main(flags)
+    metrics = run(trained)
+    assert metrics["protocol"]["num_samples"] == 12  # the smaller of the two
+    assert metrics["protocol"]["num_real"] == 24
+    assert "12 samples, fewer than 128 feature dimensions" in capsys.readouterr().out
+    ctf, baseline = metrics["rows"]
+    assert (ctf["model"], ctf["cfg_scale"], ctf["step"]) == ("ctf", 2.0, 7)
+    assert baseline["model"] == "baseline"
+
+    models, _, _ = sample.load_models(trained, "ctf", "cpu")
+    tokens = torch.load(trained / "tokens.pt", weights_only=True)
+    fine, labels, g = (
+        tokens["test_fine"].long(),
+        tokens["test_labels"],
+        torch.arange(K) % M,
+    )
+    nats = next_token_loss(models["ar"], g[fine], labels).item()
+    nats += fine_loss(models["aux"], fine, g, labels)[0].item()
+    assert ctf["bits_per_token"] == pytest.approx(nats / math.log(2), rel=1e-5)
+    models, _, _ = sample.load_models(trained, "baseline", "cpu")
+    bits = next_token_loss(models["ar"], fine, labels).item() / math.log(2)
+    assert baseline["bits_per_token"] == pytest.approx(bits, rel=1e-5)
+
+    for row in (*metrics["rows"], metrics["real"], *metrics["swap"].values()):
+        assert row["fd"] > 0 and 0 <= row["class_accuracy"] <= 1
+        assert 1 <= row["inception_score"][0] <= 3
+    # The real images are the training ones, and this judge has seen only those.
+    assert metrics["real"]["class_accuracy"] > 0.9
+    assert metrics["real"]["fd"] < metrics["swap"]["random"]["fd"]
+    assert (trained / "metrics.png").stat().st_size > 1000
+
+
+def test_metrics_at_several_guidance_scales(trained):
+    flags = ["--cfg-scales", "1", "4", "--num-samples", "16"]
+    metrics = run(trained, *flags)
+    rows = [(row["model"], row["cfg_scale"]) for row in metrics["rows"]]
+    assert rows == [("ctf", 1), ("ctf", 4), ("baseline", 1), ("baseline", 4)]
+    assert metrics["rows"][0]["fd"] != metrics["rows"][1]["fd"]
+    assert run(trained, *flags)["rows"][0]["fd"] == metrics["rows"][0]["fd"]
+
+
+def test_what_cannot_be_judged_is_refused(trained, capsys):
+    code, message = error_of(capsys, evaluate.main, "--out", trained)
+    assert code == 1 and "run python sample.py first" in message
+    flags = "--out", trained, "--cfg-scales", 1, "--num-samples", 30
+    code, message = error_of(capsys, evaluate.main, *flags)
+    assert code == 1 and "30 samples cannot be compared" in message
+    sample.main(["--out", str(trained), "--num-samples", "16"])
+    samples = torch.load(trained / "samples.pt", weights_only=True)
+    torch.save(samples | {"cluster_id": "others"}, trained / "samples.pt")
+    code, message = error_of(capsys, evaluate.main, "--out", trained)
+    assert code == 1 and "samples.pt belongs to another cluster" in message
+    torch.save(samples, trained / "samples.pt")
+    flags = "--features", "inception", "--inception-weights", trained / "nothing.pth"
+    base = "--out", trained, "--judge-steps", 2
+    code, message = error_of(capsys, evaluate.main, *base, *flags)
+    assert code == 1 and "--inception-weights" in message and "nothing.pth" in message
+    assert not (trained / "metrics.json").exists()
+
+
+def test_inception_features_come_before_the_head(tmp_path):
+    torch.manual_seed(0)
+    model = evaluate.torchvision.models.inception_v3(weights=None, init_weights=False)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    network = evaluate.Inception(tmp_path / "weights.pth").eval()
+    images = torch.randint(256, (2, 16, 16, 3), dtype=torch.uint8)
+    features, logits = evaluate.look(network, images, "cpu")
+    assert features.shape == (2, 2048) and logits.shape == (2, 1000)
+    x = torch.nn.functional.interpolate(
+        images.permute(0, 3, 1, 2) / 127.5 - 1,
+        (299, 299),
+        mode="bilinear",
+        antialias=True,
+    )
+    with torch.no_grad():
+        wanted = model.eval()(x)
+    np.testing.assert_allclose(logits, wanted, rtol=1e-3, atol=1e-4)

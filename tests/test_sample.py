@@ -1,0 +1,124 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from ar_model import generate
+from aux_model import predict_fine
+from sample import FINE_SETTINGS, SETTINGS
+from tests.conftest import K, M, T, error_of
+
+G = torch.arange(K) % M
+
+
+def draw(out, *flags, name="samples.pt"):
+    sample.main(["--out", str(out), "--num-samples", "6", *flags])
+    return torch.load(out / name, weights_only=True)
+
+
+def test_coarse_then_fine_then_pixels(trained):
+    models, _, _ = sample.load_models(trained, "ctf", "cpu")
+    labels = torch.tensor([0, 2, 1, 1])
+    generator = torch.Generator().manual_seed(3)
+    settings = SETTINGS | {"cfg_scale": 2.0, "top_k": 3}
+    fine_settings = FINE_SETTINGS | {"temperature": 0.5}
+    images, coarse, fine = sample.sample_images(
+        models, labels, generator, settings, fine_settings
+    )
+    generator = torch.Generator().manual_seed(3)
+    wanted = generate(models["ar"], labels, generator, 2.0, top_k=3)
+    assert torch.equal(coarse, wanted)
+    wanted = predict_fine(models["aux"], coarse, labels, generator, temperature=0.5)
+    assert torch.equal(fine, wanted) and torch.equal(G[fine], coarse)
+    with torch.no_grad():
+        pixels = models["vqvae"].decode(
+            models["vqvae"].codebook[fine].view(4, 4, 4, 8).permute(0, 3, 1, 2)
+        )
+    pixels = ((pixels.permute(0, 2, 3, 1).clamp(-1, 1) + 1) * 127.5).round()
+    assert torch.equal(images, pixels.byte())
+
+
+def test_samples_file_holds_what_was_drawn(trained):
+    samples = draw(trained)
+    assert samples["images"].shape == (6, 3, 16, 16)
+    assert samples["images"].dtype == torch.uint8
+    assert samples["labels"].tolist() == [0, 1, 2, 0, 1, 2]
+    assert samples["coarse"].shape == samples["fine"].shape == (6, T)
+    assert torch.equal(G[samples["fine"]], samples["coarse"])
+    assert samples["settings"] == SETTINGS and samples["fine_settings"] == FINE_SETTINGS
+    assert samples["step"] == 7 and samples["images_per_second"] > 0
+    assert samples["cluster_id"] == "the-clusters"
+    assert (trained / "samples.png").stat().st_size > 1000
+
+
+def test_seeds_decide_the_images(trained):
+    one, again = draw(trained), draw(trained)
+    other = draw(trained, "--seed", "1")
+    assert torch.equal(one["images"], again["images"])
+    assert not torch.equal(one["fine"], other["fine"])
+
+
+def test_batches_differ_from_each_other(trained):
+    samples = draw(trained, "--batch-size", "2", "--classes", "1")
+    assert samples["labels"].tolist() == [1] * 6
+    assert len(samples["coarse"].unique(dim=0)) > 3
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "changes"),
+    [
+        ("--cfg-scale", "1", "coarse"),
+        ("--temperature", "0.01", "coarse"),
+        ("--top-k", "1", "coarse"),
+        ("--top-p", "0.05", "coarse"),
+        ("--fine-cfg-scale", "9", "fine"),
+        ("--fine-temperature", "0.01", "fine"),
+        ("--fine-top-k", "1", "fine"),
+    ],
+)
+def test_each_setting_acts_on_its_stage(trained, flag, value, changes):
+    plain, changed = draw(trained), draw(trained, flag, value)
+    assert not torch.equal(plain["fine"], changed["fine"])
+    coarse_changed = not torch.equal(plain["coarse"], changed["coarse"])
+    assert coarse_changed == (changes == "coarse")
+
+
+def test_top_k_above_the_vocabulary_means_all(trained):
+    plain = draw(trained)
+    wide = draw(trained, "--top-k", "100000", "--fine-top-k", "100000")
+    assert torch.equal(plain["images"], wide["images"])
+
+
+def test_the_baseline_draws_fine_labels_directly(trained):
+    samples = draw(trained, "--model", "baseline", name="samples-baseline.pt")
+    models, _, _ = sample.load_models(trained, "baseline", "cpu")
+    generator = torch.Generator().manual_seed(0)
+    wanted = generate(models["ar"], samples["labels"], generator, **SETTINGS)
+    assert torch.equal(samples["fine"], wanted) and samples["coarse"] is None
+    assert not (trained / "samples.pt").exists()
+
+
+def test_npz_and_png_hold_the_same_images(trained):
+    images = draw(trained, "--npz")["images"].permute(0, 2, 3, 1).numpy()
+    stored = np.load(trained / "samples.npz")["arr_0"]
+    assert stored.dtype == np.uint8 and (stored == images).all()
+    for i in range(6):
+        with Image.open(trained / "samples" / f"{i:06d}.png") as file:
+            assert (np.array(file) == images[i]).all()
+
+
+def test_what_cannot_be_sampled_is_refused(trained, capsys):
+    code, message = error_of(capsys, sample.main, "--out", trained, "--classes", 0, 3)
+    assert code == 1 and "--classes 3: those of" in message and "0 to 2" in message
+    for flags in (["--temperature", 0], ["--cfg-scale", "inf"], ["--classes", -1]):
+        assert error_of(capsys, sample.main, "--out", trained, *flags)[0] == 2
+    fine = torch.load(trained / "fine.pt", weights_only=True)
+    torch.save(fine | {"cluster_id": "others"}, trained / "fine.pt")
+    code, message = error_of(capsys, sample.main, "--out", trained)
+    assert code == 1 and "another cluster" in message and "aux_model.py" in message
+    (trained / "baseline.pt").unlink()
+    command = "--out", trained, "--model", "baseline"
+    code, message = error_of(capsys, sample.main, *command)
+    assert code == 1 and "run python ar_model.py --labels fine first" in message
+    assert not (trained / "samples.pt").exists()

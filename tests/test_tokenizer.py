@@ -1,0 +1,327 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import tokenizer
+from tests.conftest import check_resume, error_of
+from tokenizer import VQVAE, VQVAEConfig
+
+TINY = ["--image-size", "16", "--channels", "16", "--codebook-size", "24"]
+TINY += ["--batch-size", "4", "--warmup", "2", "--save-every", "100"]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return VQVAE(VQVAEConfig(image_size=16, channels=16, codebook_size=24))
+
+
+def unit_vectors(*shape):
+    return F.normalize(torch.randn(shape), dim=1)
+
+
+# ------------------------------------------------------------------------------ images
+
+
+def test_glyphs_depend_on_the_seed_alone():
+    images, labels = tokenizer.draw_glyphs(40, 32, seed=3)
+    again, labels_again = tokenizer.draw_glyphs(40, 32, seed=3)
+    other, _ = tokenizer.draw_glyphs(40, 32, seed=4)
+    assert torch.equal(images, again) and torch.equal(labels, labels_again)
+    assert not torch.equal(images, other)
+    assert labels.bincount().tolist() == [4] * 10
+
+
+def test_glyphs_show_the_digit_of_their_label():
+    images, labels = tokenizer.draw_glyphs(1000, 32, seed=0)
+    brightness = (
+        images.amax(dim=-1).float().flatten(1)
+    )  # ink is bright, whatever its hue
+    means = torch.stack([brightness[labels == digit].mean(0) for digit in range(10)])
+    masters = F.avg_pool2d(tokenizer.glyph_masters(64).mean(0)[:, None], 2).flatten(1)
+    likeness = torch.corrcoef(torch.cat([means, masters]))[:10, 10:]
+    assert likeness.argmax(dim=1).tolist() == list(range(10))
+
+
+def test_train_and_test_glyphs_differ(monkeypatch):
+    monkeypatch.setattr(tokenizer, "GLYPH_COUNTS", {"train": 50, "test": 50})
+    train, test = (tokenizer.load_images("glyphs", s, 32)[0] for s in ("train", "test"))
+    assert (train.flatten(1).float() - test.flatten(1).float()).abs().mean() > 10
+
+
+def test_uint8_survives_the_way_to_float_and_back():
+    images = (
+        torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(-1, -1, -1, 3)
+    )
+    x = tokenizer.to_float(images)
+    assert x.shape == (1, 3, 16, 16) and x.min() == -1 and x.max() == 1
+    assert torch.equal(tokenizer.to_uint8(x), images)
+    assert tokenizer.to_uint8(
+        torch.tensor([-3.0, 3.0]).view(2, 1, 1, 1)
+    ).flatten().tolist() == [0, 255]
+
+
+def test_folder_images_are_resized_and_cropped_in_the_centre(tmp_path):
+    (tmp_path / "ant").mkdir()
+    (tmp_path / "bee").mkdir()
+    stripes = np.zeros(
+        (16, 48, 3), np.uint8
+    )  # a third red, a third green, a third blue
+    for i in range(3):
+        stripes[:, 16 * i : 16 * i + 16, i] = 200
+    for i in range(10):
+        Image.fromarray(stripes).save(tmp_path / "bee" / f"{i}.png")
+        Image.fromarray(stripes[:, :16]).save(tmp_path / "ant" / f"{i}.png")
+    images, labels, classes = tokenizer.load_images(str(tmp_path), "train", 8)
+    assert classes == ["ant", "bee"] and len(images) == len(labels) == 18
+    assert images.shape[1:] == (8, 8, 3) and images.dtype == torch.uint8
+    middle = images[:, 4, 4].tolist()
+    wanted = [[200, 0, 0] if y == 0 else [0, 200, 0] for y in labels]
+    assert middle == wanted
+
+
+def test_a_folder_without_splits_is_split_90_to_10(tmp_path):
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            value = i + 100 * (name == "bee")
+            Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(
+                tmp_path / name / f"{i}.png"
+            )
+    (tmp_path / "ant" / ".DS_Store").write_text("no image, but hidden")
+    train, test = (
+        tokenizer.load_images(str(tmp_path), split, 8)[0][:, 0, 0, 0].tolist()
+        for split in ("train", "test")
+    )
+    assert len(train) == 36 and len(test) == 4
+    assert sorted(train + test) == [*range(20), *range(100, 120)]  # nothing twice
+
+
+# ------------------------------------------------------------------------- quantisation
+
+
+def test_quantize_picks_the_nearest_code(model):
+    z = unit_vectors(3, 8, 4, 4)
+    z_q, fine, _ = model.quantize(z)
+    for b in range(3):
+        for i in range(16):
+            vector = z[b, :, i // 4, i % 4]  # tokens go row by row
+            distances = [(vector - code).norm().item() for code in model.codebook]
+            assert fine[b, i] == np.argmin(distances)
+            torch.testing.assert_close(
+                z_q[b, :, i // 4, i % 4], model.codebook[fine[b, i]]
+            )
+    torch.testing.assert_close(model.codes(fine), z_q)
+
+
+def test_quantize_hands_the_gradient_straight_through(model):
+    z = unit_vectors(2, 8, 4, 4).requires_grad_()
+    z_q, _, _ = model.quantize(z)
+    weight = torch.randn_like(z)
+    (z_q * weight).sum().backward()
+    torch.testing.assert_close(z.grad, weight)
+
+
+def test_commitment_pulls_the_encoder_and_not_the_codes(model):
+    model.codebook.requires_grad_()
+    z = unit_vectors(2, 8, 4, 4).requires_grad_()
+    z_q, _, commitment = model.quantize(z)
+    codes = z_q.detach()
+    torch.testing.assert_close(commitment, (z - codes).square().mean())
+    (gradient,) = torch.autograd.grad(commitment, z, retain_graph=True)
+    torch.testing.assert_close(gradient, 2 * (z - codes).detach() / z.numel())
+    assert not model.codebook.is_leaf or model.codebook.grad is None
+
+
+def test_the_codebook_follows_moving_averages(model):
+    z, fine = unit_vectors(2, 8, 4, 4), torch.randint(24, (2, 16))
+    count, total = model.moving_count.clone(), model.moving_sum.clone()
+    model.update_codebook(z, fine, np.random.default_rng(0), decay=0.9, dead=0.0)
+    vectors = z.permute(0, 2, 3, 1).reshape(-1, 8)
+    for code in range(24):
+        mine = vectors[fine.flatten() == code]
+        new_count = 0.9 * count[code] + 0.1 * len(mine)
+        new_sum = 0.9 * total[code] + 0.1 * mine.sum(0)
+        torch.testing.assert_close(model.moving_count[code], new_count)
+        torch.testing.assert_close(model.codebook[code], new_sum / new_sum.norm())
+    torch.testing.assert_close(model.codebook.norm(dim=1), torch.ones(24))
+
+
+def test_dead_codes_start_anew_at_an_encoder_output(model):
+    model.moving_count[5] = 1e-4
+    z, fine = unit_vectors(2, 8, 4, 4), torch.arange(32).view(2, 16) % 24
+    fine[fine == 5] = 6
+    before = model.codebook.clone()
+    model.update_codebook(z, fine, np.random.default_rng(0))
+    vectors = z.permute(0, 2, 3, 1).reshape(-1, 8)
+    assert (vectors - model.codebook[5]).norm(dim=1).min() < 1e-6
+    assert (before - model.codebook).norm(dim=1)[[4, 6]].max() < 0.2  # others live on
+    # It is not dead at once: it counts as used until the averages say otherwise.
+    reborn = model.codebook[5].clone()
+    model.update_codebook(z, fine, np.random.default_rng(1))
+    torch.testing.assert_close(model.codebook[5], reborn)
+
+
+def test_usage_of_even_and_of_single_use(model):
+    assert model.usage() == pytest.approx((100, 24))
+    model.moving_count.zero_()
+    model.moving_count[3] = 5.0
+    assert model.usage() == pytest.approx((100 / 24, 1))
+
+
+def test_encoder_outputs_are_unit_vectors_on_the_token_grid():
+    for downsample, side in ((2, 16), (4, 8), (8, 4), (16, 2)):
+        model = VQVAE(VQVAEConfig(32, downsample, channels=16, codebook_size=24))
+        z = model.encode(torch.randn(2, 3, 32, 32))
+        assert z.shape == (2, 8, side, side) and model.grid == (side, side)
+        torch.testing.assert_close(z.norm(dim=1), torch.ones(2, side, side))
+        assert model.decode(z).shape == (2, 3, 32, 32)
+
+
+def test_the_loss_reaches_encoder_and_decoder(model):
+    x = torch.randn(2, 3, 16, 16)
+    x_hat, _, _, commitment = model(x)
+    (F.mse_loss(x_hat, x) + commitment).backward()
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters()
+    )
+
+
+# --------------------------------------------------------------------- files and numbers
+
+
+def test_psnr_of_a_known_error():
+    images = torch.full((2, 4, 4, 3), 100, dtype=torch.uint8)
+    assert tokenizer.psnr(images, images + 5) == pytest.approx(20 * math.log10(255 / 5))
+
+
+def test_learning_rate_warms_up_and_decays_to_a_tenth():
+    rates = [tokenizer.learning_rate(s, 500, 2.0) for s in range(501)]
+    assert rates[0] == pytest.approx(2 / 50) and max(rates) == rates[50] == 2.0
+    assert rates[275] == pytest.approx(1.1) and rates[500] == pytest.approx(0.2)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    tokenizer.save(tmp_path / "a.pt", script="x.py", value=1)
+    writing = tokenizer.replacing(tmp_path / "a.pt")
+    with pytest.raises(KeyboardInterrupt), writing as temporary:
+        temporary.write_bytes(b"half a fi")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+    assert tokenizer.load(tmp_path / "a.pt", "x.py")["value"] == 1
+
+
+def test_artifacts_that_cannot_be_used_are_named(tmp_path):
+    path = tmp_path / "a.pt"
+
+    def message(**ids):
+        with pytest.raises(SystemExit) as exit_info:
+            tokenizer.load(path, "x.py --flag", **ids)
+        assert "\n" not in exit_info.value.code and str(path) in exit_info.value.code
+        return exit_info.value.code
+
+    assert "missing: run python x.py --flag first" in message()
+    tokenizer.save(path, script="x.py", codebook_id="abc", weights=torch.zeros(1000))
+    assert tokenizer.load(path, "x.py", codebook_id="abc")["codebook_id"] == "abc"
+    assert "another codebook (abc, here def)" in message(codebook_id="def")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "cannot be read" in message()
+    tokenizer.save(path, script="y.py")
+    assert "not written by x.py" in message()
+    torch.save({"script": "x.py", "code": math.sqrt}, path)  # no full unpickling
+    assert "cannot be read" in message()
+
+
+# ------------------------------------------------------------------------------ training
+
+
+def test_training_starts_the_codebook_at_encoder_outputs(images, tmp_path, monkeypatch):
+    placed = []
+    original = VQVAE.set_codes
+
+    def set_codes(self, which, vectors):
+        placed.append((len(which), vectors.norm(dim=1), len(vectors.unique(dim=0))))
+        original(self, which, vectors)
+
+    monkeypatch.setattr(VQVAE, "set_codes", set_codes)
+    command = [*TINY, "--data", str(images), "--out", str(tmp_path), "--steps", "3"]
+    tokenizer.main(command)
+    count, norms, distinct = placed[0]
+    assert count == 24 and distinct > 12
+    torch.testing.assert_close(norms, torch.ones(24))
+
+
+def test_a_resumed_run_ends_with_the_same_weights(images, tmp_path, monkeypatch):
+    command = [*TINY, "--data", str(images), "--steps", "7"]
+    outs = tmp_path / "a", tmp_path / "b"
+    check_resume(monkeypatch, tokenizer, "tokenizer.pt", command, *outs)
+    tokens = [tokenizer.load(o / "tokens.pt", "tokenizer.py") for o in outs]
+    assert torch.equal(tokens[0]["train_fine"], tokens[1]["train_fine"])
+    assert tokens[0]["train_fine"].shape == (36, 16)
+    artifact = tokenizer.load(outs[0] / "tokenizer.pt", "tokenizer.py")
+    assert artifact["codebook_id"] == tokens[0]["codebook_id"]
+
+
+def test_resume_with_other_settings_is_refused(images, tmp_path, capsys):
+    command = [*TINY, "--data", images, "--out", tmp_path]
+    tokenizer.main([str(a) for a in [*command, "--steps", 2]])
+    before = (tmp_path / "tokenizer.pt").read_bytes()
+    more = "--steps", 3, "--resume"
+    code, message = error_of(capsys, tokenizer.main, *command, *more)
+    assert code == 1 and "trained with steps 2, not 3" in message
+    assert (tmp_path / "tokenizer.pt").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_file(images, tmp_path, capsys):
+    command = [*TINY, "--data", images, "--out", tmp_path, "--save-every", 1]
+    code, message = error_of(
+        capsys, tokenizer.main, *command, "--steps", 60, "--lr", 1e30
+    )
+    assert code == 1 and "loss nan at step" in message or "loss inf at step" in message
+    artifact = tokenizer.load(tmp_path / "tokenizer.pt", "tokenizer.py")
+    assert all(math.isfinite(value) for value in artifact["history"]["loss"])
+
+
+def test_bad_data_is_refused_in_one_line(images, tmp_path, capsys):
+    def message(data, *flags):
+        base = "--data", data, "--out", tmp_path / "out", *TINY
+        code, text = error_of(capsys, tokenizer.main, *base, *flags)
+        assert code == 1 and not (tmp_path / "out").exists()
+        return text
+
+    assert "nowhere" in message(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "class folders" in message(tmp_path / "empty")
+    assert "fewer than --image-size 64" in message(images, "--image-size", 64)
+    broken = images / "test" / "bee" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    assert f"{broken} is no readable image" in message(images)
+    broken.write_text("some text")
+    assert f"{broken} is no readable image" in message(images)
+
+
+def test_a_dataset_that_cannot_be_downloaded(tmp_path, capsys, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(tokenizer.torchvision.datasets, "CIFAR10", offline)
+    monkeypatch.chdir(tmp_path)
+    code, message = error_of(capsys, tokenizer.main, "--data", "cifar10")
+    assert (
+        code == 1 and str(tmp_path / "data") in message and "--data glyphs" in message
+    )
+
+
+def test_impossible_flags_are_usage_errors(capsys):
+    for flags in (
+        ["--steps", "0"],
+        ["--image-size", "30"],
+        ["--lr", "nan"],
+        ["--x", "1"],
+    ):
+        assert error_of(capsys, tokenizer.main, *flags)[0] == 2
