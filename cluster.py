@@ -149,7 +149,7 @@ def plot_swaps(path, model, images, fine, code_to_cluster, rng):
     )
     for axes, (name, row) in zip(figure.subplots(4, len(images)), rows.items()):
         axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
-        for ax, image in zip(axes, row):
+        for ax, image in zip(axes, row.numpy()):
             ax.imshow(image)
             ax.set(xticks=[], yticks=[], frame_on=False)
     save_figure(path, figure)

@@ -272,7 +272,7 @@ def plot_metrics(path, metrics, distance):
         ax.margins(x=0.2)
     axes[0, 0].set_xlabel(f"{distance.upper()} (log scale): lower is better")
     axes[0, 1].set_xlabel("seen as its class by the judge, %: higher is better")
-    axes[0, 1].set_yticklabels([])
+    axes[0, 1].set(yticklabels=[], xlim=(0, 119), xticks=range(0, 101, 20))
     if curves:
         points = [{**row, "IS": row["inception_score"][0]} for row in rows]
         for ax, x, y in zip(axes[1], ("IS", "recall"), (distance, "precision")):

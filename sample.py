@@ -117,7 +117,7 @@ def plot_samples(path, title, images, labels, classes):
         row_axes[0].set_ylabel(
             f"class {classes[y]}", rotation=0, ha="right", va="center"
         )
-        for ax, image in zip(row_axes, row):
+        for ax, image in zip(row_axes, row.numpy()):
             ax.imshow(image)
     save_figure(path, figure)
 

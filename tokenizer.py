@@ -563,12 +563,12 @@ def psnr(images, others):
     return (10 * (255**2 / error.clamp(min=1e-3)).log10()).mean().item()
 
 
-def plot(path, history, images, reconstructions):
+def plot(path, history, images, reconstructions, K):
     """tokenizer.png: unseen images and their reconstructions, and the curves."""
     figure = Figure(figsize=(12, 6), layout="constrained")
     pictures, curves = figure.subfigures(2, 1, height_ratios=[2, 3])
     pictures.suptitle("unseen images (above), decoded from their tokens (below)")
-    both = torch.cat([images[:12], reconstructions[:12]]).cpu()
+    both = torch.cat([images[:12], reconstructions[:12]]).cpu().numpy()
     for axes, image in zip(pictures.subplots(2, 12).flat, both):
         axes.imshow(image)
         axes.axis("off")
@@ -580,7 +580,9 @@ def plot(path, history, images, reconstructions):
     quality.plot(steps, [row["psnr"] for row in measured], marker=".")
     quality.set(title="reconstruction of unseen images", ylabel="PSNR, dB")
     codes.plot(steps, [row["perplexity"] for row in measured], marker=".")
+    codes.axhline(K, color="grey", linestyle=":", label=f"all {K} codes alike")
     codes.set(title="codes in effective use", ylabel="perplexity", ylim=0)
+    codes.legend()
     for axes in (loss, quality, codes):
         axes.set_xlabel("step")
     save_figure(path, figure)
@@ -606,8 +608,9 @@ def write_tokens(out, model, data, history):
         codebook_id=short_hash(model.codebook),
     )
     reconstructions = reconstruct(model, test_fine)
-    plot(out / "tokenizer.png", history, test_images, reconstructions)
-    counts = test_fine.flatten().bincount(minlength=len(model.codebook))
+    K = len(model.codebook)
+    plot(out / "tokenizer.png", history, test_images, reconstructions, K)
+    counts = test_fine.flatten().bincount(minlength=K)
     perplexity = torch.special.entr(counts / counts.sum()).sum().exp().item()
     occur = 100 * (counts > 0).float().mean().item()
     quality = psnr(test_images, reconstructions)

@@ -1,5 +1,7 @@
 """Tiny inputs for the tests of each stage, made without running any other stage."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -120,13 +122,12 @@ def same_weights(a, b):
 
 
 def interrupt_at(monkeypatch, module, step):
-    """Press Ctrl-C during this step of the training loop of module."""
-    import signal
-
-    original = module.learning_rate
+    """Press Ctrl-C once, during this step of the training loop of module."""
+    original, pressed = module.learning_rate, []
 
     def learning_rate(now, *args):
-        if now == step:
+        if now == step and not pressed:
+            pressed.append(now)
             signal.raise_signal(signal.SIGINT)
         return original(now, *args)
 

@@ -166,7 +166,7 @@ def test_it_learns_fine_labels_that_the_neighbours_determine():
     g = torch.tensor([0, 0, 1, 1])
     model = AuxModel(AuxConfig(2, 4, 1, [2, 4], layers=2, dim=32, heads=2), g)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
+    for _ in range(150):
         coarse = torch.randint(2, (64, 8))
         fine = 2 * coarse + coarse.roll(1, dims=1)
         loss, right = aux_model.fine_loss(
