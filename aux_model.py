@@ -170,7 +170,8 @@ def heldout_fine(model, fine, code_to_cluster, labels):
     """fine_loss (nats, share) over all of fine (N, T) and labels (N,)."""
     total = torch.zeros(2)
     for q, y in zip(fine.split(250), labels.split(250)):
-        total += len(q) * torch.tensor(fine_loss(model, q, code_to_cluster, y))
+        loss, right = fine_loss(model, q, code_to_cluster, y)
+        total += len(q) * torch.tensor([loss.item(), right.item()])
     return (total / len(fine)).tolist()
 
 

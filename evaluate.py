@@ -95,7 +95,7 @@ def inception_score(logits, splits=10):
 def precision_recall(real, fake, k=3):
     """Improved precision and recall (Kynkäänniemi et al. 2019).
 
-    real (N, F) and fake (N', F), more than k rows each. A point is covered by a set if
+    real (N, F) and fake (N', F), more than one row each. A point is covered by a set if
     some member of the set is no farther from it than from its own k-th nearest neighbour
     in the set. precision: the share of fake covered by real; recall: of real by fake.
     """
@@ -103,7 +103,8 @@ def precision_recall(real, fake, k=3):
     def covered(points, members):
         blocks = np.array_split(members, 1 + len(members) // 1000)
         # The nearest is the member itself, at 0; so the k-th neighbour is at index k.
-        radii = [np.partition(cdist(b, members), k, axis=1)[:, k] for b in blocks]
+        at = min(k, len(members) - 1)
+        radii = [np.partition(cdist(b, members), at, axis=1)[:, at] for b in blocks]
         radius = np.concatenate(radii)
         blocks = np.array_split(points, 1 + len(points) // 1000)
         hits = [(cdist(b, members) <= radius).any(axis=1) for b in blocks]
@@ -210,7 +211,7 @@ class Inception(nn.Module):
 def look(network, images, device):
     """Images uint8 (N, H, W, 3) -> float64 arrays: features (N, F), logits (N, V)."""
     parts = [network(to_float(part.to(device))) for part in images.split(250)]
-    return [torch.cat(part).double().cpu().numpy() for part in zip(*parts)]
+    return [torch.cat(part).cpu().double().numpy() for part in zip(*parts)]
 
 
 # --------------------------------------------------------------------------------------
@@ -348,7 +349,7 @@ def main(argv=None):
     add, scale = parser.add_argument, at_least(0, float)
     help = "draw both models at these, in place of the sample files"
     add("--cfg-scales", type=scale, nargs="+", help=help)
-    add("--num-samples", type=at_least(8), default=2000, help="with --cfg-scales")
+    add("--num-samples", type=at_least(2), default=2000, help="with --cfg-scales")
     add("--batch-size", type=at_least(1), default=100, help="with --cfg-scales")
     add("--features", choices=["classifier", "inception"], default="classifier")
     add("--inception-weights", help="inception_v3_google-0cc3c7bd.pth, when offline")
@@ -379,9 +380,11 @@ def main(argv=None):
     image_size = data["image_size"]
     images, labels, classes = load_images(data["name"], "train", image_size)
     test_images, test_labels, _ = load_images(data["name"], "test", image_size)
-    if N > min(len(images), len(test_images)):
+    if not torch.equal(test_labels, tokens["test_labels"]):
+        fail(f"{data['name']} has changed since python tokenizer.py: run it again")
+    if not 2 <= N <= min(len(images), len(test_images)):
         available = f"{len(images)} training and {len(test_images)} test images"
-        fail(f"{N} samples cannot be compared with {available}: draw fewer")
+        fail(f"{N} samples cannot be compared with {available}")
 
     judge = get_classifier(
         args.out / "classifier.pt", images, labels, len(classes), args, device

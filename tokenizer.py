@@ -161,6 +161,12 @@ def start_or_resume(args, path, script, settings, model, optimizer):
     With --resume, from the checkpoint at path, which is loaded into model and
     optimizer; one that was trained with other settings is refused.
     """
+    try:  # now, and not only when an hour of training is to be saved
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {path.parent}: {error.strerror}")
+    if not os.access(path.parent, os.W_OK):
+        fail(f"--out {path.parent} cannot be written to")
     if not args.resume:
         return 0, 0.0, {"loss": [], "heldout": []}
     checkpoint = load(path, script)
@@ -354,17 +360,26 @@ def load_folder(root, split, image_size):
     except FileNotFoundError as error:
         reason = str(error).splitlines()[0]
         fail(f"{folder}: not a known data set, nor class folders of images ({reason})")
-    files = dataset.samples
-    if folder == root:  # every tenth image of a fixed shuffle is a test image
-        is_test = np.random.default_rng(0).permutation(len(files)) % 10 == 0
-        files = [f for f, t in zip(files, is_test) if t == (split == "test")]
+    # Shuffled, always alike: the first 1,000 of them shall be of all classes.
+    order = np.random.default_rng(0).permutation(len(dataset.samples))
+    files = [dataset.samples[i] for i in order]
+    if folder == root:  # no splits: a tenth for testing
+        tenth = len(files) // 10
+        files = files[:tenth] if split == "test" else files[tenth:]
+    if not files:
+        fail(f"{folder} has too few images to split them 90/10")
     resize = Compose([Resize(image_size), CenterCrop(image_size)])
     images = torch.empty(len(files), image_size, image_size, 3, dtype=torch.uint8)
     for i, (path, _) in enumerate(tqdm(files, f"read {split} images", disable=None)):
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's, when cut short
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombError,
+        ) as error:
             fail(f"{path} is no readable image ({type(error).__name__}): remove it")
         if min(image.size) < image_size:
             size = f"{image.width}x{image.height}"
@@ -456,7 +471,8 @@ class VQVAE(nn.Module):
         # |z - e|^2 = 2 - 2 z.e for unit vectors: the largest product is the nearest.
         # In pieces, since (B*T, K) at once may not fit in memory.
         pieces = z.detach().permute(0, 2, 3, 1).flatten(0, 2).split(1024)  # (<=1024, d)
-        fine = torch.cat([(p @ self.codebook.T).max(dim=1).indices for p in pieces])
+        with torch.autocast(z.device.type, enabled=False):  # bfloat16 would pick others
+            fine = torch.cat([(p @ self.codebook.T).max(dim=1).indices for p in pieces])
         fine = fine.view(len(z), -1)  # (B, T)
         z_q = self.codes(fine)  # (B, d, h, w)
         commitment = F.mse_loss(z, z_q)
@@ -526,7 +542,7 @@ class VQVAE(nn.Module):
         In use: a tenth of an average share or more. The moving counts span about 100
         steps, so this holds even when a batch has fewer tokens than there are codes.
         """
-        share = self.moving_count / self.moving_count.sum()
+        share = (self.moving_count / self.moving_count.sum()).cpu()
         used = (share > 0.1 / len(share)).float().mean()
         return 100 * used.item(), torch.special.entr(share).sum().exp().item()
 
@@ -610,7 +626,7 @@ def write_tokens(out, model, data, history):
     reconstructions = reconstruct(model, test_fine)
     K = len(model.codebook)
     plot(out / "tokenizer.png", history, test_images, reconstructions, K)
-    counts = test_fine.flatten().bincount(minlength=K)
+    counts = test_fine.flatten().bincount(minlength=K).cpu()
     perplexity = torch.special.entr(counts / counts.sum()).sum().exp().item()
     occur = 100 * (counts > 0).float().mean().item()
     quality = psnr(test_images, reconstructions)

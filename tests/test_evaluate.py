@@ -194,6 +194,18 @@ def test_metrics_at_several_guidance_scales(trained):
     assert run(trained, *flags)["rows"][0]["fd"] == metrics["rows"][0]["fd"]
 
 
+def test_data_that_changed_is_refused(trained, images, capsys):
+    sample.main(["--out", str(trained), "--num-samples", "16"])
+    (images / "test" / "ant" / "0.png").rename(images / "test" / "bee" / "new.png")
+    code, message = error_of(capsys, evaluate.main, "--out", trained)
+    assert code == 1 and "has changed since python tokenizer.py" in message
+
+
+def test_two_samples_are_enough_to_run(trained):
+    sample.main(["--out", str(trained), "--num-samples", "2"])
+    assert run(trained)["protocol"]["num_samples"] == 2
+
+
 def test_what_cannot_be_judged_is_refused(trained, capsys):
     code, message = error_of(capsys, evaluate.main, "--out", trained)
     assert code == 1 and "run python sample.py first" in message

@@ -84,6 +84,15 @@ def test_folder_images_are_resized_and_cropped_in_the_centre(tmp_path):
     assert middle == wanted
 
 
+def test_folder_images_come_in_a_fixed_mixed_order(images):
+    _, labels, classes = tokenizer.load_images(str(images), "train", 16)
+    pixels, again, _ = tokenizer.load_images(str(images), "train", 16)
+    assert classes == ["ant", "bee", "cat"] and torch.equal(labels, again)
+    assert labels.bincount().tolist() == [12, 12, 12]
+    assert len(labels[:12].unique()) == 3  # a part of the data is of all classes
+    assert torch.equal(pixels.float().mean(dim=(1, 2)).argmax(dim=1), labels)
+
+
 def test_a_folder_without_splits_is_split_90_to_10(tmp_path):
     for name in ("ant", "bee"):
         (tmp_path / name).mkdir()
@@ -297,12 +306,15 @@ def test_bad_data_is_refused_in_one_line(images, tmp_path, capsys):
     def message(data, *flags):
         base = "--data", data, "--out", tmp_path / "out", *TINY
         code, text = error_of(capsys, tokenizer.main, *base, *flags)
-        assert code == 1 and not (tmp_path / "out").exists()
+        assert code == 1 and not any((tmp_path / "out").iterdir())
         return text
 
     assert "nowhere" in message(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "class folders" in message(tmp_path / "empty")
+    (tmp_path / "few" / "ant").mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(tmp_path / "few" / "ant" / "0.png")
+    assert "too few images" in message(tmp_path / "few")
     assert "fewer than --image-size 64" in message(images, "--image-size", 64)
     broken = images / "test" / "bee" / "3.png"
     broken.write_bytes(broken.read_bytes()[:100])
@@ -321,6 +333,15 @@ def test_a_dataset_that_cannot_be_downloaded(tmp_path, capsys, monkeypatch):
     assert (
         code == 1 and str(tmp_path / "data") in message and "--data glyphs" in message
     )
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_training(
+    images, tmp_path, capsys
+):
+    (tmp_path / "file").write_text("in the way")
+    command = "--data", images, "--out", tmp_path / "file", *TINY
+    code, message = error_of(capsys, tokenizer.main, *command)
+    assert code == 1 and str(tmp_path / "file") in message
 
 
 def test_impossible_flags_are_usage_errors(capsys):
