@@ -301,9 +301,8 @@ def draw_glyphs(count, image_size, seed):
         glyphs = masters[fonts[i], labels[i]][:, None]  # (n, 1, 2H, 2W)
         mask = F.avg_pool2d(F.grid_sample(glyphs, grid, align_corners=False), 2)
         ink, start, end = colors[i].unbind(1)  # (n, rgb, 1, 1)
-        ramp = (
-            angle[i].cos() * across + angle[i].sin() * across[:, None]
-        )  # (n, 1, H, W)
+        down = angle[i].sin() * across[:, None]  # (n, 1, H, 1)
+        ramp = angle[i].cos() * across + down  # (n, 1, H, W)
         background = torch.lerp(start, end, (ramp + 0.5).clamp(0, 1))  # (n, rgb, H, W)
         drawn = torch.lerp(background, ink, mask).permute(0, 2, 3, 1)
         images[i] = (drawn * 255).round().byte()
@@ -337,9 +336,7 @@ def load_images(data, split, image_size):
     if images.ndim == 3:  # grey (N, 28, 28): 32 pixels halve evenly
         images = F.pad(images, (2, 2, 2, 2))[..., None].expand(-1, -1, -1, 3)
     if image_size != 32:
-        fail(
-            f"{data} has images of 32 pixels, not {image_size}: leave out --image-size"
-        )
+        fail(f"--image-size {image_size}: the images of {data} have 32 pixels")
     return images.contiguous(), labels, list(dataset.classes)
 
 
@@ -347,12 +344,9 @@ def load_folder(root, split, image_size):
     """load_images for a folder: short side resized to image_size, the centre cut out."""
     folder = root
     if (root / "train").is_dir():
-        folders = [root / name for name in ("train", "test", "val")]
-        folder = (
-            folders[0]
-            if split == "train"
-            else next((f for f in folders[1:] if f.is_dir()), folders[1])
-        )
+        folder = root / split
+        if split == "test" and not folder.is_dir():
+            folder = root / "val"
     try:  # a file that is not hidden must be an image: none is skipped silently
         dataset = torchvision.datasets.ImageFolder(
             folder, is_valid_file=lambda path: Path(path).name[0] != "."
@@ -374,12 +368,7 @@ def load_folder(root, split, image_size):
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            Image.DecompressionBombError,
-        ) as error:
+        except Exception as error:  # noqa: BLE001  Pillow raises five kinds
             fail(f"{path} is no readable image ({type(error).__name__}): remove it")
         if min(image.size) < image_size:
             size = f"{image.width}x{image.height}"
@@ -441,11 +430,8 @@ class VQVAE(nn.Module):
             decoder = [ResBlock(width), up, nn.PixelShuffle(2), *decoder]
         inner = widths[-1]
         encoder += [nn.SiLU(), nn.Conv2d(inner, config.code_dim, 1)]
-        decoder = [
-            nn.Conv2d(config.code_dim, inner, 3, padding=1),
-            ResBlock(inner),
-            *decoder,
-        ]
+        first = nn.Conv2d(config.code_dim, inner, 3, padding=1)
+        decoder = [first, ResBlock(inner), *decoder]
         # channels_last is the memory order in which convolutions run fastest.
         self.encoder = nn.Sequential(*encoder).to(memory_format=torch.channels_last)
         self.decoder = nn.Sequential(*decoder).to(memory_format=torch.channels_last)
@@ -656,6 +642,7 @@ def main(argv=None):
     fused = device.type != "mps"
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=fused)
     settings = training_settings(args)
+    warmup = min(args.warmup, args.steps - 1)  # the last step always has a codebook
     first, seconds, history = start_or_resume(
         args, path, "tokenizer.py", settings, model, optimizer
     )
@@ -685,12 +672,12 @@ def main(argv=None):
             began = time.perf_counter()
             # Seeded by the step, so that a resumed run draws what it would have drawn.
             rng = np.random.default_rng((args.seed, step))
-            if step == args.warmup:
+            if step == warmup:
                 model.fill_codebook(images, rng)
             batch = torch.from_numpy(rng.integers(len(images), size=args.batch_size))
             x = to_float(images[batch.to(device)])  # (B, 3, H, W)
             with autocast(device):
-                x_hat, z, fine, commitment = model(x, quantized=step >= args.warmup)
+                x_hat, z, fine, commitment = model(x, quantized=step >= warmup)
             loss = F.mse_loss(x_hat, x) + 0.25 * commitment
             history["loss"].append(finite(loss, step, path))
             for group in optimizer.param_groups:
