@@ -1,11 +1,11 @@
-"""Stage 2: a GPT-style model that predicts the coarse labels of an image one by one.
+"""Stage 1: a GPT-style model that predicts the coarse labels of an image one by one.
 
 p(c_1 .. c_T | y) = prod_t p(c_t | c_<t, y), cross-entropy over the M coarse labels
 (arXiv 2503.16194, section 3.2). The Transformer is LlamaGen's (arXiv 2406.06525):
 pre-norm RMSNorm, SwiGLU, 2D rotary positions, no biases, untied embedding and head, the
 class embedding as the first token.
 
-    python ar_model.py                  # CTF's stage 2, over M coarse labels: coarse.pt
+    python ar_model.py                  # CTF's stage 1, over M coarse labels: coarse.pt
     python ar_model.py --labels fine    # CTF's baseline, over K fine labels: baseline.pt
 
 Reads tokens.pt and clusters.pt; writes coarse.pt and coarse.png (or baseline.pt and
@@ -34,6 +34,7 @@ from tokenizer import (
     learning_rate,
     leave,
     load,
+    load_weights,
     pick_device,
     save_checkpoint,
     save_figure,
@@ -52,7 +53,8 @@ def rotary_table(grid, head_dim, base=10_000):
     Position 0 is the class token, which has no place in the grid: all angles are 0.
     """
     h, w = grid
-    frequencies = base ** -torch.arange(0, 1, 4 / head_dim)  # (head_dim / 4,)
+    n = head_dim // 4
+    frequencies = base ** -(torch.arange(n) / n)  # (head_dim / 4,)
     rows = torch.arange(h).repeat_interleave(w)[:, None] * frequencies
     columns = torch.arange(w).repeat(h)[:, None] * frequencies  # (T, head_dim / 4)
     angles = F.pad(torch.cat([rows, columns], dim=1), (0, 0, 1, 0))
@@ -179,7 +181,7 @@ def load_ar(path, device, **ids):
     baseline = path.name.startswith("baseline")
     artifact = load(path, f"ar_model.py{' --labels fine' if baseline else ''}", **ids)
     model = ARModel(ARConfig(**artifact["config"]))
-    model.load_state_dict(artifact["model"])
+    load_weights(model, artifact, path)
     return model.eval().to(device), artifact
 
 
@@ -215,7 +217,8 @@ def draw(logits, generator):
     """An index int64 (...,) for each row of logits (..., V), from softmax(logits)."""
     # The Gumbel-max trick: exact, and 5 times faster than torch.multinomial at V = 4096.
     shape, device = logits.shape, logits.device
-    uniform = torch.rand(shape, generator=generator, device=device).clamp(min=1e-20)
+    uniform = torch.rand(shape, generator=generator, device=device)
+    uniform = uniform.clamp(1e-20, 1 - 1e-7)  # neither log may be of 0
     return (logits - (-uniform.log()).log()).argmax(dim=-1)
 
 
@@ -278,7 +281,7 @@ def adamw(model):
 def heldout_loss(model, tokens, labels):
     """next_token_loss over all of tokens (N, T) and labels (N,)."""
     total = 0.0
-    for part, y in zip(tokens.split(250), labels.split(250)):
+    for part, y in zip(tokens.split(64), labels.split(64)):
         total += next_token_loss(model, part, y).item() * len(part)
     return total / len(tokens)
 
@@ -336,8 +339,9 @@ def main(argv=None):
     model = ARModel(config).to(device)
     optimizer = adamw(model)
     settings = training_settings(args, **ids)
+    script = "ar_model.py" if args.labels == "coarse" else "ar_model.py --labels fine"
     first, seconds, history = start_or_resume(
-        args, path, "ar_model.py", settings, model, optimizer
+        args, path, script, settings, model, optimizer
     )
     facts = {"script": "ar_model.py", "config": asdict(config), **ids}
     facts |= {"settings": settings, "history": history}

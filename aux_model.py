@@ -1,4 +1,4 @@
-"""Stage 3: a bidirectional model that predicts all fine labels at once.
+"""Stage 2: a bidirectional model that predicts all fine labels at once.
 
 p(q_i | c_1 .. c_T, y) for every token i, in one pass with full attention (arXiv
 2503.16194, section 3.2): cross-entropy over the K fine labels. As q_i lies in cluster
@@ -44,14 +44,12 @@ from tokenizer import (
     learning_rate,
     leave,
     load,
+    load_weights,
     pick_device,
     save_checkpoint,
     start_or_resume,
     training_settings,
 )
-
-# The logit of a code that does not exist. Finite, since guidance subtracts logits.
-NEVER = -1e9
 
 
 @dataclass
@@ -66,7 +64,7 @@ class AuxConfig:
 
 
 class AuxModel(nn.Module):
-    """The Transformer of stage 2 without the causal mask; M labels in, K labels out.
+    """The Transformer of stage 1 without the causal mask; M labels in, K labels out.
 
     code_to_cluster int64 (K,) is g. S below is the size of the largest cluster.
     """
@@ -86,13 +84,13 @@ class AuxModel(nn.Module):
         init_weights(self)
         # The map g in three other forms: by_cluster (K,) are the codes of cluster 0,
         # then those of 1, and so on; members (M, S) has a row for each cluster, filled
-        # up with 0; and code q is number rank[q] of its row: members[g(q), rank[q]] = q.
+        # up with -1; and code q is number rank[q] of its row: members[g(q), rank[q]] = q.
         self.sizes = code_to_cluster.bincount(minlength=config.clusters).tolist()
         by_cluster = code_to_cluster.argsort(stable=True)
         rows = by_cluster.split(self.sizes)
         rank = torch.empty_like(code_to_cluster)
         rank[by_cluster] = torch.cat([torch.arange(size) for size in self.sizes])
-        members = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        members = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
         self.register_buffer("by_cluster", by_cluster, persistent=False)
         self.register_buffer("members", members, persistent=False)
         self.register_buffer("rank", rank, persistent=False)
@@ -104,7 +102,7 @@ class AuxModel(nn.Module):
         The same numbers as all K logits with those outside the cluster masked, for a
         fraction of the work: tokens sorted by cluster, then a small product for each.
         """
-        order = coarse.argsort()
+        order = coarse.argsort()  # order.argsort() undoes it
         counts = coarse.bincount(minlength=len(self.sizes)).tolist()
         tokens = x[order].split(counts)  # M parts of (n_m, dim)
         weights = self.head.weight[self.by_cluster].split(
@@ -112,7 +110,7 @@ class AuxModel(nn.Module):
         )  # of (size_m, dim)
         S = self.members.shape[1]
         products = [
-            F.pad(t @ w.T, (0, S - len(w)), value=NEVER)  # (n_m, S)
+            F.pad(t @ w.T, (0, S - len(w)), value=-math.inf)  # (n_m, S)
             for t, w in zip(tokens, weights)
         ]
         return torch.cat(products).float()[order.argsort()]  # in the order of x again
@@ -133,7 +131,7 @@ def load_aux(path, code_to_cluster, device, **ids):
     """(AuxModel in eval mode on device, the artifact) from path; ids as for load."""
     artifact = load(path, "aux_model.py", **ids)
     model = AuxModel(AuxConfig(**artifact["config"]), code_to_cluster)
-    model.load_state_dict(artifact["model"])
+    load_weights(model, artifact, path)
     return model.eval().to(device), artifact
 
 
@@ -152,8 +150,10 @@ def predict_fine(
         null = torch.full_like(labels, model.config.num_classes)
         both = model(coarse.repeat(2, 1), torch.cat([labels, null]))  # (2B, T, S)
         logits = guide(*both.chunk(2), cfg_scale)
-    member = draw(filter_logits(logits / temperature, top_k), generator)  # 0 .. S-1
-    return model.members[coarse, member]
+    members = model.members[coarse]  # (B, T, S)
+    logits = logits.masked_fill(members < 0, -math.inf)  # guiding -inf gives nan
+    rank = draw(filter_logits(logits / temperature, top_k), generator)  # (B, T)
+    return members.gather(-1, rank[..., None])[..., 0]
 
 
 def fine_loss(model, fine, code_to_cluster, labels):
@@ -169,7 +169,7 @@ def fine_loss(model, fine, code_to_cluster, labels):
 def heldout_fine(model, fine, code_to_cluster, labels):
     """fine_loss (nats, share) over all of fine (N, T) and labels (N,)."""
     total = torch.zeros(2)
-    for q, y in zip(fine.split(250), labels.split(250)):
+    for q, y in zip(fine.split(64), labels.split(64)):
         loss, right = fine_loss(model, q, code_to_cluster, y)
         total += len(q) * torch.tensor([loss.item(), right.item()])
     return (total / len(fine)).tolist()
@@ -211,15 +211,17 @@ def main(argv=None):
     test_labels = data["test_labels"].to(device)
     # Two models that look at nothing but the cluster: one knows its size, the other its
     # most frequent code.
-    sizes = torch.tensor(model.sizes, device=device)
-    uniform = sizes[g[test_fine]].log().mean().item()  # nats
+    size_of_cluster = torch.tensor(model.sizes, device=device)  # (M,)
+    uniform = size_of_cluster[g[test_fine]].log().mean().item()  # nats
     frequency = fine.flatten().bincount(minlength=K)  # (K,)
     in_cluster = g == torch.arange(M, device=device)[:, None]  # (M, K)
     favourite = torch.where(in_cluster, frequency, -1).argmax(dim=1)  # (M,)
-    guess = (favourite[g[test_fine]] == test_fine).float().mean().item()
+    guessed = (favourite[g[test_fine]] == test_fine).float().mean().item()
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, {M} coarse to {K} fine labels, on {device}")
-    print(f"the cluster's most frequent code is right for {guess:.1%} of unseen tokens")
+    print(
+        f"the cluster's most frequent code is right for {guessed:.1%} of unseen tokens"
+    )
 
     if args.compile:  # not cluster_logits: its shapes change with every batch
         for block in model.blocks:

@@ -1,4 +1,4 @@
-"""Stage 1: group similar codewords: fine label q, 0..K-1 -> coarse label g(q), 0..M-1.
+"""The clusters: similar codewords together, fine label q -> coarse label g(q).
 
 The observation behind CTF (arXiv 2503.16194, section 3.1, figures 1a and 1b): a large
 codebook is redundant. Replace every token of an image by another one of its cluster,
@@ -9,11 +9,11 @@ token says nearly everything, and can be predicted first.
     python cluster.py --method random  # the paper's control; use another --out, with
                                        # copies of tokenizer.pt and tokens.pt in it
 
-Reads tokenizer.pt and tokens.pt; writes clusters.pt (code_to_cluster is g) and
+q is one of K, g(q) one of M. Reads tokenizer.pt and tokens.pt; writes clusters.pt (code_to_cluster is g) and
 clusters.png (figure 1b), in seconds.
 
 One token all the way, with K = 6 and M = 2: code_to_cluster = [0, 1, 1, 0, 1, 0]. The
-fine label 4 has the coarse label 1. Stage 2 (ar_model.py) predicts that 1; stage 3
+fine label 4 has the coarse label 1. Stage 1 (ar_model.py) predicts that 1; stage 2
 (aux_model.py) picks one of 1, 2 and 4, given the coarse labels of the whole image.
 """
 
@@ -28,6 +28,7 @@ from tokenizer import (
     load,
     load_images,
     load_tokenizer,
+    pick_device,
     reconstruct,
     save,
     save_figure,
@@ -37,6 +38,8 @@ from tokenizer import (
 
 def nearest_centroids(x, centroids):
     """The index int64 (n,) of the centroid (k, d) nearest to each row of x (n, d)."""
+    centre = x.mean(axis=0)  # float32 is exact enough near the origin only
+    x, centroids = x - centre, centroids - centre
     # |x - c|^2 = |x|^2 - 2 x.c + |c|^2. The first term is the same for all c; a column
     # of ones makes one matrix product of the others. 128 rows at a time stay in the
     # cache, and are too few for BLAS to wake its threads, which costs more than it
@@ -133,21 +136,22 @@ def plot_swaps(path, model, images, fine, code_to_cluster, rng):
     of k-means.
     """
     control = random_clusters(code_to_cluster, rng)
-    swaps = [swap_within_clusters(fine, g, rng) for g in (code_to_cluster, control)]
-    rows = {
-        "original": images,
-        "reconstruction": reconstruct(model, torch.from_numpy(fine)),
-        "tokens swapped within\nk-means clusters": swaps[0],
-        "tokens swapped within\nrandom clusters": swaps[1],
-    }
-    for name in list(rows)[2:]:
-        rows[name] = reconstruct(model, torch.from_numpy(rows[name]))
+    similar = swap_within_clusters(fine, code_to_cluster, rng)
+    unlike = swap_within_clusters(fine, control, rng)
+    tokens = {"reconstruction": fine}
+    tokens["tokens swapped within\nk-means clusters"] = similar
+    tokens["tokens swapped within\nrandom clusters"] = unlike
+    rows = {"original": images}
+    for name, labels in tokens.items():
+        labels = torch.from_numpy(labels).to(model.codebook.device)
+        rows[name] = reconstruct(model, labels).cpu()
     figure = Figure(figsize=(12, 5))
     K, M = len(code_to_cluster), code_to_cluster.max() + 1
     figure.suptitle(
         f"every token becomes another one of its cluster ({K} codes, {M} clusters)"
     )
-    for axes, (name, row) in zip(figure.subplots(4, len(images)), rows.items()):
+    grid = figure.subplots(4, len(images), squeeze=False)
+    for axes, (name, row) in zip(grid, rows.items()):
         axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for ax, image in zip(axes, row.numpy()):
             ax.imshow(image)
@@ -163,10 +167,10 @@ def main(argv=None):
     add("--restarts", type=at_least(1), default=3, help="runs; the best is kept")
     add("--max-iter", type=at_least(1), default=300, help="Lloyd steps at most")
     args = parser.parse_args(argv)
-    model, tokenizer = load_tokenizer(args.out, "cpu")
+    model, tokenizer = load_tokenizer(args.out, pick_device(args.device))
     codebook_id, data = tokenizer["codebook_id"], tokenizer["data"]
     tokens = load(args.out / "tokens.pt", "tokenizer.py", codebook_id=codebook_id)
-    codebook = model.codebook.numpy()  # (K, d)
+    codebook = model.codebook.cpu().numpy()  # (K, d)
     K, M = len(codebook), args.clusters
     if M > K:
         fail(f"--clusters {M} is more than the {K} codes of {args.out}/tokenizer.pt")

@@ -1,4 +1,4 @@
-"""Stage 5: judge the samples, and everything on the way to them.
+"""Evaluation: judge the samples, and everything on the way to them.
 
 Fréchet distance, Inception Score, precision and recall, class accuracy and held-out
 bits per token; and what a reader needs to weigh them: the same for real images, for
@@ -38,13 +38,16 @@ from tokenizer import (
     load,
     load_images,
     load_tokenizer,
+    load_weights,
     pick_device,
     psnr,
+    reason,
     reconstruct,
     replacing,
     save,
     save_figure,
     short_hash,
+    to_device,
     to_float,
 )
 
@@ -127,12 +130,11 @@ class Classifier(nn.Module):
             for c, stride in ((inputs, 2), (outputs, 1)):
                 layers += [nn.Conv2d(c, outputs, 3, stride, padding=1, bias=False)]
                 layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
-        self.body = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+        self.body = nn.Sequential(*layers)
         self.head = nn.Linear(128, num_classes)
 
     def forward(self, x):
-        x = self.body(x.contiguous(memory_format=torch.channels_last))
-        features = x.mean(dim=(2, 3))
+        features = self.body(x).mean(dim=(2, 3))
         return features, self.head(features)
 
 
@@ -143,7 +145,7 @@ def train_classifier(images, labels, num_classes, steps, seed, device):
     only saw crisp images would misread soft reconstructions.
     """
     torch.manual_seed(seed)
-    model = Classifier(num_classes).to(device)
+    model = to_device(Classifier(num_classes), device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     for step in tqdm(range(steps), "classifier"):
         rng = np.random.default_rng((seed, step))
@@ -173,8 +175,8 @@ def get_classifier(path, images, labels, num_classes, args, device):
         artifact = load(path, "evaluate.py")
         if artifact["settings"] == settings:
             model = Classifier(num_classes)
-            model.load_state_dict(artifact["model"])
-            return model.eval().to(device)
+            load_weights(model, artifact, path)
+            return to_device(model.eval(), device)
     model = train_classifier(images, labels, num_classes, steps, seed, device)
     save(path, script="evaluate.py", model=model.state_dict(), settings=settings)
     return model
@@ -197,8 +199,7 @@ class Inception(nn.Module):
                 state = torch.load(weights, map_location="cpu", weights_only=True)
             self.body.load_state_dict(state)
         except Exception as error:  # noqa: BLE001  no network, no file, other weights
-            reason = str(error).splitlines()[0]
-            fail(f"no Inception v3 ({reason}): see --inception-weights")
+            fail(f"no Inception v3 ({reason(error)}): see --inception-weights")
         self.head, self.body.fc = self.body.fc, nn.Identity()
 
     def forward(self, x):
@@ -224,9 +225,11 @@ def named_sets(metrics):
     sets = [
         ("real (training) images", "tab:grey", metrics["real"]),
         ("reconstructions", "tab:grey", metrics["reconstruction"]),
-        ("swap within k-means clusters", "tab:green", swap["kmeans"]),
-        ("swap within random clusters", "tab:red", swap["random"]),
     ]
+    names = (("kmeans", "k-means", "tab:green"), ("random", "random", "tab:red"))
+    for key, name, color in names:
+        if key in swap:
+            sets.append((f"swap within {name} clusters", color, swap[key]))
     for row in metrics["rows"]:
         name = f"{row['model']} samples, guidance {row['cfg_scale']:g}"
         sets.append((name, MODEL_COLORS[row["model"]], row))
@@ -329,6 +332,9 @@ def sample_sets(models, artifact, file, args, num_samples, num_classes):
     """
     facts = {"step": artifact["step"]}
     if file is not None:
+        if file["step"] != artifact["step"]:
+            was = f"step {file['step']}, which is now at step {artifact['step']}"
+            fail(f"the {file['model']} samples are of {was}: run sample.py again")
         facts |= file["settings"] | {"fine_settings": file["fine_settings"]}
         facts |= {name: file[name] for name in ("seed", "images_per_second")}
         images = file["images"].permute(0, 2, 3, 1)
@@ -347,8 +353,8 @@ def sample_sets(models, artifact, file, args, num_samples, num_classes):
 def main(argv=None):
     parser = CommandLine(__doc__)
     add, scale = parser.add_argument, at_least(0, float)
-    help = "draw both models at these, in place of the sample files"
-    add("--cfg-scales", type=scale, nargs="+", help=help)
+    instead = "draw both models at these, in place of the sample files"
+    add("--cfg-scales", type=scale, nargs="+", help=instead)
     add("--num-samples", type=at_least(2), default=2000, help="with --cfg-scales")
     add("--batch-size", type=at_least(1), default=100, help="with --cfg-scales")
     add("--features", choices=["classifier", "inception"], default="classifier")
@@ -375,16 +381,16 @@ def main(argv=None):
             path = args.out / SAMPLE_FILES[kind]
             script = "sample.py" if kind == "ctf" else "sample.py --model baseline"
             files[kind] = load(path, script, **ids)
-        # A Fréchet distance depends on N: only equal numbers can be compared.
         N = min(len(file["images"]) for file in files.values())
     image_size = data["image_size"]
     images, labels, classes = load_images(data["name"], "train", image_size)
     test_images, test_labels, _ = load_images(data["name"], "test", image_size)
     if not torch.equal(test_labels, tokens["test_labels"]):
         fail(f"{data['name']} has changed since python tokenizer.py: run it again")
-    if not 2 <= N <= min(len(images), len(test_images)):
-        available = f"{len(images)} training and {len(test_images)} test images"
-        fail(f"{N} samples cannot be compared with {available}")
+    # A Fréchet distance depends on N: only equal numbers can be compared.
+    N = min(N, len(images), len(test_images))
+    if N < 2:
+        fail("one image has no covariance: draw more samples")
 
     judge = get_classifier(
         args.out / "classifier.pt", images, labels, len(classes), args, device
@@ -401,8 +407,10 @@ def main(argv=None):
     rng = np.random.default_rng(args.seed)
     fine, g = tokens["test_fine"].long(), clusters["code_to_cluster"].numpy()
     reconstructions = reconstruct(vqvae, fine.to(device)).cpu()
+    clusterings = {"random": random_clusters(g, rng)}
+    clusterings[clusters["method"]] = g  # of --method random, there is no other
     swaps = {}
-    for name, clustering in (("kmeans", g), ("random", random_clusters(g, rng))):
+    for name, clustering in clusterings.items():
         swapped = swap_within_clusters(fine[:N].numpy(), clustering, rng)
         swapped = reconstruct(vqvae, torch.from_numpy(swapped).to(device)).cpu()
         swaps[name] = measure(swapped, test_labels[:N], *instruments)
@@ -439,8 +447,8 @@ def main(argv=None):
             "parameters": sum(p.numel() for n in networks for p in n.parameters()),
         }
         drawn = sample_sets(parts, artifact, files.get(kind), args, N, len(classes))
-        for facts, pictures, wanted in drawn:
-            figures = measure(pictures, wanted, *instruments)
+        for facts, pictures, labels_wanted in drawn:
+            figures = measure(pictures, labels_wanted, *instruments)
             metrics["rows"].append(row | facts | figures)
 
     print_table(metrics, distance)

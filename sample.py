@@ -1,4 +1,4 @@
-"""Stage 4: draw images: coarse labels one by one, all fine labels in one pass, pixels.
+"""Sampling: coarse labels one by one, all fine labels in one pass, then pixels.
 
 T + 1 steps (arXiv 2503.16194, figure 1c). With --model baseline: T steps over the fine
 labels themselves, then pixels.
@@ -71,11 +71,11 @@ def sample_images(models, labels, generator, settings, fine_settings):
     with autocast(labels.device):
         fine = generate(models["ar"], labels, generator, **settings)  # (B, T)
         if "aux" in models:
-            coarse = fine  # what stage 2 drew were coarse labels
+            coarse = fine  # what stage 1 drew were coarse labels
             fine = predict_fine(
                 models["aux"], coarse, labels, generator, **fine_settings
             )
-        images = to_uint8(vqvae.decode(vqvae.codes(fine)))
+    images = to_uint8(vqvae.decode(vqvae.codes(fine)))
     return images, coarse, fine
 
 
@@ -129,17 +129,17 @@ def main(argv=None):
     add("--num-samples", type=at_least(1), default=2000, help="images")
     add("--batch-size", type=at_least(1), default=100, help="images at a time")
     add("--classes", type=at_least(0), nargs="+", help="class numbers; default: all")
-    add("--cfg-scale", type=at_least(0, float), help="guidance of stage 2; 1: off")
-    add("--temperature", type=positive, help="of stage 2")
+    add("--cfg-scale", type=at_least(0, float), help="guidance of stage 1; 1: off")
+    add("--temperature", type=positive, help="of stage 1")
     add(
         "--top-k",
         type=at_least(0),
-        help="of stage 2: draw among the k likeliest; 0: off",
+        help="of stage 1: draw among the k likeliest; 0: off",
     )
-    add("--top-p", type=positive, help="of stage 2: the likeliest, of this probability")
-    add("--fine-cfg-scale", type=at_least(0, float), help="of stage 3; 1: off")
-    add("--fine-temperature", type=positive, help="of stage 3")
-    add("--fine-top-k", type=at_least(0), help="of stage 3; 0: off")
+    add("--top-p", type=positive, help="of stage 1: the likeliest, of this probability")
+    add("--fine-cfg-scale", type=at_least(0, float), help="of stage 2; 1: off")
+    add("--fine-temperature", type=positive, help="of stage 2")
+    add("--fine-top-k", type=at_least(0), help="of stage 2; 0: off")
     add("--npz", action="store_true", help="also write samples.npz and a PNG folder")
     parser.set_defaults(**SETTINGS)
     parser.set_defaults(**{f"fine_{name}": v for name, v in FINE_SETTINGS.items()})
@@ -147,11 +147,13 @@ def main(argv=None):
     device = pick_device(args.device)
     models, ar_artifact, tokenizer = load_models(args.out, args.model, device)
     classes, name = tokenizer["data"]["classes"], tokenizer["data"]["name"]
-    chosen = torch.tensor(args.classes or range(len(classes)))
-    if chosen.max() >= len(classes):
-        fail(f"--classes {chosen.max()}: those of {name} are 0 to {len(classes) - 1}")
+    chosen = args.classes or list(range(len(classes)))
+    if max(chosen) >= len(classes):
+        fail(f"--classes {max(chosen)}: those of {name} are 0 to {len(classes) - 1}")
 
-    labels = chosen.repeat(args.num_samples // len(chosen) + 1)[: args.num_samples]
+    labels = torch.tensor(chosen).repeat(args.num_samples // len(chosen) + 1)[
+        : args.num_samples
+    ]
     settings = {name: getattr(args, name) for name in SETTINGS}
     fine_settings = {name: getattr(args, f"fine_{name}") for name in FINE_SETTINGS}
     images, coarse, fine, speed = sample_batches(
@@ -170,6 +172,8 @@ def main(argv=None):
         settings=settings,
         fine_settings=fine_settings,
         seed=args.seed,
+        batch_size=args.batch_size,
+        device=str(device),
         images_per_second=speed,
         step=ar_artifact["step"],
         codebook_id=ar_artifact["codebook_id"],
@@ -182,6 +186,8 @@ def main(argv=None):
         path = args.out / f"{stem}.npz"
         with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, arr_0=images.numpy())
+        for old in (args.out / stem).glob("[0-9]*.png"):
+            old.unlink()
         for i, image in enumerate(tqdm(images.numpy(), "write PNG files")):
             with replacing(args.out / stem / f"{i:06d}.png") as temporary:
                 Image.fromarray(image).save(temporary, format="png")

@@ -1,4 +1,4 @@
-"""Stage 0: a VQ-VAE that turns an image into a grid of discrete tokens and back.
+"""The tokenizer: a VQ-VAE that turns an image into a grid of discrete tokens and back.
 
 CTF (arXiv 2503.16194) starts from such a tokenizer with a large codebook. A token is
 the index of one of K codewords, its *fine label*. The recipe is LlamaGen's (arXiv
@@ -10,7 +10,8 @@ A.1). There is no perceptual and no adversarial loss.
     python tokenizer.py --data cifar10    # mnist, fashion_mnist, a folder of classes
 
 Reads images; writes tokenizer.pt, tokens.pt (the fine labels of the whole data set) and
-tokenizer.png to --out. On two CPU cores: 3 minutes, 27 dB, 3000 of 4096 codes in use.
+tokenizer.png to --out. On two CPU cores: 3 minutes, 27 dB on unseen images, nearly all
+of the 4096 codes in use.
 
 Axis legend of all files: B batch, N images, T tokens, C channels, H W pixels, h w token
 grid, K codewords, M clusters, d code dimension, V vocabulary of the model at hand.
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 import torchvision
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, Resize
 from tqdm import tqdm
@@ -44,17 +45,22 @@ from tqdm import tqdm
 # What every stage needs: flags, files, the device, Ctrl-C. Skip it on a first reading.
 
 
+def reason(error):
+    """The first line of what an exception says."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def fail(message):
     """End the program with one line on stderr and exit code 1."""
     raise SystemExit(f"error: {message}")
 
 
 def at_least(low, kind=int):
-    """An argparse type: a finite number that is not below low."""
+    """An argparse type: a number from low up to what fits in 63 bits."""
 
     def parse(text):
-        if not low <= (value := kind(text)) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} up")
+        if not low <= (value := kind(text)) < 2**63:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low} .. 2^63")
         return value
 
     parse.__name__ = kind.__name__  # argparse prints it: "invalid int value: 'x'"
@@ -93,14 +99,23 @@ def pick_device(name):
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
     try:
-        return torch.zeros(1, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # a device that cannot give a number back is of no use
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"--device {name}: {str(error).splitlines()[0]}")
+        fail(f"--device {name}: {reason(error)}")
+    return probe.device
+
+
+def to_device(model, device):
+    """model on device, convolutions in the memory order that is fastest there."""
+    # On a CPU channels_last is 3 times as fast; on MPS it is young, and has had bugs.
+    order = torch.preserve_format if device.type == "mps" else torch.channels_last
+    return model.to(device, memory_format=order)
 
 
 def autocast(device):
     """bfloat16 products where a CUDA card has them; float32 on all other devices."""
-    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
@@ -113,7 +128,7 @@ def replacing(path):
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save: a full disk, RuntimeError
-        fail(f"cannot write {path}: {str(error).splitlines()[0]}")
+        fail(f"cannot write {path}: {reason(error)}")
     finally:
         if temporary.exists():
             temporary.unlink()
@@ -146,13 +161,23 @@ def load(path, script, **ids):
         fail(f"{path} cannot be opened: {error.strerror}")
     except Exception as error:  # noqa: BLE001  a file cut short raises one of a dozen
         fail(f"{path} cannot be read ({type(error).__name__}): {again}")
-    if not isinstance(artifact, dict) or artifact.get("script") != script.split()[0]:
-        fail(f"{path} was not written by {script.split()[0]}: {again}")
+    file = script.split()[0]  # without the flags
+    if not isinstance(artifact, dict) or artifact.get("script") != file:
+        fail(f"{path} was not written by {file}: {again}")
     for name, value in ids.items():
-        if artifact[name] != value:
-            other = f"{artifact[name]}, here {value}"
-            fail(f"{path} belongs to another {name[:-3]} ({other}): {again}")
+        found = artifact.get(name)
+        if found != value:  # codebook_id: "another codebook"
+            other = f"another {name.removesuffix('_id')} ({found}, here {value})"
+            fail(f"{path} belongs to {other}: {again}")
     return artifact
+
+
+def load_weights(model, artifact, path):
+    """Put the weights of an artifact into model; fails if the code has changed since."""
+    try:
+        model.load_state_dict(artifact["model"])
+    except RuntimeError as error:
+        fail(f"{path} does not fit this code, train it again ({reason(error)})")
 
 
 def start_or_resume(args, path, script, settings, model, optimizer):
@@ -174,13 +199,18 @@ def start_or_resume(args, path, script, settings, model, optimizer):
         before = checkpoint["settings"].get(name)
         if before != value:
             fail(f"--resume: {path} was trained with {name} {before}, not {value}")
-    model.load_state_dict(checkpoint["model"])
+    load_weights(model, checkpoint, path)
     optimizer.load_state_dict(checkpoint["optimizer"])
     return checkpoint["step"], checkpoint["seconds"], checkpoint["history"]
 
 
 def save_checkpoint(path, model, optimizer, **facts):
-    """What later stages need to build the model, and --resume to train it further."""
+    """What later stages need to build the model, and --resume to train it further.
+
+    Fails, and leaves path as it is, if a weight is not finite.
+    """
+    if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+        fail(f"a weight is not finite; {path} is of the last save, if any")
     states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     save(path, **states, **facts)
 
@@ -234,8 +264,10 @@ def learning_rate(step, steps, peak, warmup=50):
 
 def short_hash(*tensors):
     """12 hex digits that name the content of tensors."""
-    content = b"".join(t.cpu().contiguous().numpy().tobytes() for t in tensors)
-    return hashlib.sha256(content).hexdigest()[:12]
+    content = hashlib.sha256()
+    for tensor in tensors:
+        content.update(tensor.cpu().contiguous().numpy())
+    return content.hexdigest()[:12]
 
 
 # --------------------------------------------------------------------------------------
@@ -328,10 +360,9 @@ def load_images(data, split, image_size):
     root, train = Path("data").resolve(), split == "train"
     try:
         dataset = getattr(torchvision.datasets, names[data])(root, train, download=True)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # noqa: BLE001  a dozen kinds, from no network to no zip
         offline = "--data glyphs needs no network"
-        fail(f"no {data} in {root}, no download ({reason}); {offline}")
+        fail(f"no {data} in {root}, no download ({reason(error)}); {offline}")
     images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
     if images.ndim == 3:  # grey (N, 28, 28): 32 pixels halve evenly
         images = F.pad(images, (2, 2, 2, 2))[..., None].expand(-1, -1, -1, 3)
@@ -351,9 +382,9 @@ def load_folder(root, split, image_size):
         dataset = torchvision.datasets.ImageFolder(
             folder, is_valid_file=lambda path: Path(path).name[0] != "."
         )
-    except FileNotFoundError as error:
-        reason = str(error).splitlines()[0]
-        fail(f"{folder}: not a known data set, nor class folders of images ({reason})")
+    except OSError as error:
+        known = "a known data set, nor class folders of images"
+        fail(f"{folder}: not {known} ({reason(error)})")
     # Shuffled, always alike: the first 1,000 of them shall be of all classes.
     order = np.random.default_rng(0).permutation(len(dataset.samples))
     files = [dataset.samples[i] for i in order]
@@ -367,7 +398,7 @@ def load_folder(root, split, image_size):
     for i, (path, _) in enumerate(tqdm(files, f"read {split} images", disable=None)):
         try:
             with Image.open(path) as file:
-                image = file.convert("RGB")
+                image = ImageOps.exif_transpose(file).convert("RGB")
         except Exception as error:  # noqa: BLE001  Pillow raises five kinds
             fail(f"{path} is no readable image ({type(error).__name__}): remove it")
         if min(image.size) < image_size:
@@ -432,9 +463,7 @@ class VQVAE(nn.Module):
         encoder += [nn.SiLU(), nn.Conv2d(inner, config.code_dim, 1)]
         first = nn.Conv2d(config.code_dim, inner, 3, padding=1)
         decoder = [first, ResBlock(inner), *decoder]
-        # channels_last is the memory order in which convolutions run fastest.
-        self.encoder = nn.Sequential(*encoder).to(memory_format=torch.channels_last)
-        self.decoder = nn.Sequential(*decoder).to(memory_format=torch.channels_last)
+        self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
         # Buffers: no gradient reaches the codes, update_codebook moves them.
         codes = F.normalize(torch.randn(config.codebook_size, config.code_dim), dim=1)
         self.register_buffer("codebook", codes)  # E, (K, d)
@@ -445,7 +474,6 @@ class VQVAE(nn.Module):
 
     def encode(self, x):
         """Images float (B, 3, H, W), -1..1 -> unit vectors (B, d, h, w)."""
-        x = x.contiguous(memory_format=torch.channels_last)
         return F.normalize(self.encoder(x).float(), dim=1)
 
     def quantize(self, z):
@@ -471,7 +499,7 @@ class VQVAE(nn.Module):
 
     def decode(self, z_q):
         """Codes (B, d, h, w) -> images float (B, 3, H, W), about -1..1."""
-        return self.decoder(z_q.contiguous(memory_format=torch.channels_last)).float()
+        return self.decoder(z_q).float()
 
     def forward(self, x, quantized=True):
         """Images (B, 3, H, W) -> reconstructions, z (B, d, h, w), fine labels (B, T)
@@ -537,8 +565,8 @@ def load_tokenizer(out, device):
     """(VQVAE in eval mode on device, the artifact) from the folder out."""
     artifact = load(out / "tokenizer.pt", "tokenizer.py")
     model = VQVAE(VQVAEConfig(**artifact["config"]))
-    model.load_state_dict(artifact["model"])
-    return model.eval().to(device), artifact
+    load_weights(model, artifact, out / "tokenizer.pt")
+    return to_device(model.eval(), device), artifact
 
 
 # --------------------------------------------------------------------------------------
@@ -566,7 +594,10 @@ def psnr(images, others):
 
 
 def plot(path, history, images, reconstructions, K):
-    """tokenizer.png: unseen images and their reconstructions, and the curves."""
+    """tokenizer.png: unseen images and their reconstructions, and the curves.
+
+    images and reconstructions uint8 (N, H, W, 3); K is the size of the codebook.
+    """
     figure = Figure(figsize=(12, 6), layout="constrained")
     pictures, curves = figure.subfigures(2, 1, height_ratios=[2, 3])
     pictures.suptitle("unseen images (above), decoded from their tokens (below)")
@@ -590,12 +621,13 @@ def plot(path, history, images, reconstructions, K):
     save_figure(path, figure)
 
 
-def write_tokens(out, model, data, history):
-    """Tokenize the whole data set: tokens.pt, tokenizer.png and a summary.
+def write_tokens(out, model, classes, train_set, test_set):
+    """Tokenize the whole data set, each set a pair of images and labels: tokens.pt.
 
-    data: {"train": (images, labels), "test": (images, labels), "classes": names}.
+    Returns the reconstructions of the test images, uint8 (N, H, W, 3).
     """
-    (images, labels), (test_images, test_labels) = data["train"], data["test"]
+    (images, labels), (test_images, test_labels) = train_set, test_set
+    K = len(model.codebook)
     fine, test_fine = tokenize(model, images), tokenize(model, test_images)
     save(
         out / "tokens.pt",
@@ -604,20 +636,16 @@ def write_tokens(out, model, data, history):
         test_fine=test_fine.int().cpu(),
         train_labels=labels,
         test_labels=test_labels,
-        classes=data["classes"],
+        classes=classes,
         grid=model.grid,
-        codebook_size=len(model.codebook),
+        codebook_size=K,
         codebook_id=short_hash(model.codebook),
     )
+    occur = len(test_fine.unique()) / K
     reconstructions = reconstruct(model, test_fine)
-    K = len(model.codebook)
-    plot(out / "tokenizer.png", history, test_images, reconstructions, K)
-    counts = test_fine.flatten().bincount(minlength=K).cpu()
-    perplexity = torch.special.entr(counts / counts.sum()).sum().exp().item()
-    occur = 100 * (counts > 0).float().mean().item()
-    quality = psnr(test_images, reconstructions)
-    print(f"all {len(test_images)} unseen images: {quality:.2f} dB")
-    print(f"{occur:.1f}% of the codes occur in them, perplexity {perplexity:.0f}")
+    quality = f"{psnr(test_images, reconstructions):.2f} dB"
+    print(f"all unseen images: {quality}, {occur:.1%} of the codes occur in them")
+    return reconstructions
 
 
 def main(argv=None):
@@ -629,7 +657,7 @@ def main(argv=None):
     add("--channels", type=at_least(16), default=config.channels, help="network width")
     add("--codebook-size", type=at_least(2), default=config.codebook_size, help="K")
     add("--code-dim", type=at_least(2), default=config.code_dim, help="d")
-    add("--warmup", type=at_least(0), default=150, help="steps without a codebook")
+    add("--codebook-after", type=at_least(0), default=150, help="steps without codes")
     parser.add_training_flags(steps=600, batch_size=128, lr=2e-3)
     args = parser.parse_args(argv)
     if args.image_size % args.downsample:
@@ -638,19 +666,20 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     config = VQVAEConfig(**{name: getattr(args, name) for name in vars(config)})
-    model = VQVAE(config).to(device)
+    model = to_device(VQVAE(config), device)
     fused = device.type != "mps"
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=fused)
     settings = training_settings(args)
-    warmup = min(args.warmup, args.steps - 1)  # the last step always has a codebook
+    # Until then it is a plain autoencoder; the last step always has a codebook.
+    codebook_after = min(args.codebook_after, args.steps - 1)
     first, seconds, history = start_or_resume(
         args, path, "tokenizer.py", settings, model, optimizer
     )
     images, labels, classes = load_images(args.data, "train", args.image_size)
-    test_set = load_images(args.data, "test", args.image_size)
-    if test_set[2] != classes:
+    test_images, test_labels, names = load_images(args.data, "test", args.image_size)
+    if names != classes:
         fail(f"{args.data}: train and test do not have the same class folders")
-    images, test_images = images.to(device), test_set[0].to(device)
+    images, test_images = images.to(device), test_images.to(device)
     print(f"{args.data}: {len(images)} + {len(test_images)} images, on {device}")
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, {args.codebook_size} codes")
@@ -672,12 +701,12 @@ def main(argv=None):
             began = time.perf_counter()
             # Seeded by the step, so that a resumed run draws what it would have drawn.
             rng = np.random.default_rng((args.seed, step))
-            if step == warmup:
+            if step == codebook_after:
                 model.fill_codebook(images, rng)
             batch = torch.from_numpy(rng.integers(len(images), size=args.batch_size))
             x = to_float(images[batch.to(device)])  # (B, 3, H, W)
             with autocast(device):
-                x_hat, z, fine, commitment = model(x, quantized=step >= warmup)
+                x_hat, z, fine, commitment = model(x, quantized=step >= codebook_after)
             loss = F.mse_loss(x_hat, x) + 0.25 * commitment
             history["loss"].append(finite(loss, step, path))
             for group in optimizer.param_groups:
@@ -705,9 +734,12 @@ def main(argv=None):
             if stop.is_set():
                 leave(done)
 
-    test_labels = test_set[1]
-    data = {"train": (images, labels), "test": (test_images, test_labels)}
-    write_tokens(args.out, model.eval(), data | {"classes": classes}, history)
+    test_set = (test_images, test_labels)
+    reconstructions = write_tokens(
+        args.out, model.eval(), classes, (images, labels), test_set
+    )
+    picture = args.out / "tokenizer.png"
+    plot(picture, history, test_images, reconstructions, args.codebook_size)
     print(f"wrote tokenizer.pt, tokens.pt and tokenizer.png to {args.out}")
     print(f"{seconds:.0f} s of training")
 

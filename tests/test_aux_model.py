@@ -62,7 +62,7 @@ def test_logits_are_those_of_the_masked_k_way_head(model, fine):
             torch.testing.assert_close(
                 logits[b, i, : len(members)], dense[b, i, members]
             )
-            assert (logits[b, i, len(members) :] < -1e8).all()
+            assert (logits[b, i, len(members) :] == -math.inf).all()
 
 
 def test_loss_is_the_masked_cross_entropy(model, fine):
@@ -92,9 +92,9 @@ def test_every_token_sees_every_coarse_label_and_the_class(model, fine):
         changed[:, i] = (changed[:, i] + 1) % 4
         other = model(changed, LABELS)
         others = [t for t in range(12) if t != i]
-        assert (other - logits)[:, others].abs().amax(dim=2).min() > 1e-5
+        assert (other - logits)[:, others].nan_to_num().abs().amax(dim=2).min() > 1e-5
     other = model(coarse, (LABELS + 1) % 4)
-    assert (other - logits).abs().amax(dim=2).min() > 1e-5
+    assert (other - logits).nan_to_num().abs().amax(dim=2).min() > 1e-5
 
 
 def test_first_loss_is_that_of_guessing_within_the_cluster(fine):
@@ -104,7 +104,9 @@ def test_first_loss_is_that_of_guessing_within_the_cluster(fine):
     assert loss.item() == pytest.approx(sizes.float().log().mean().item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"cfg_scale": 3.0}, {"top_k": 4}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"cfg_scale": 3.0}, {"top_k": 4}, {"temperature": 1e9}]
+)
 def test_a_fine_label_always_lies_in_its_cluster(model, settings):
     coarse = torch.randint(4, (200, 12))
     labels = torch.randint(3, (200,))

@@ -151,7 +151,7 @@ def test_metrics_of_sample_files(trained, images, capsys):
     assert (ctf["model"], ctf["cfg_scale"], ctf["step"]) == ("ctf", 2.0, 7)
     assert baseline["model"] == "baseline"
 
-    models, _, _ = sample.load_models(trained, "ctf", "cpu")
+    models, _, _ = sample.load_models(trained, "ctf", torch.device("cpu"))
     tokens = torch.load(trained / "tokens.pt", weights_only=True)
     fine, labels, g = (
         tokens["test_fine"].long(),
@@ -161,7 +161,7 @@ def test_metrics_of_sample_files(trained, images, capsys):
     nats = next_token_loss(models["ar"], g[fine], labels).item()
     nats += fine_loss(models["aux"], fine, g, labels)[0].item()
     assert ctf["bits_per_token"] == pytest.approx(nats / math.log(2), rel=1e-5)
-    models, _, _ = sample.load_models(trained, "baseline", "cpu")
+    models, _, _ = sample.load_models(trained, "baseline", torch.device("cpu"))
     bits = next_token_loss(models["ar"], fine, labels).item() / math.log(2)
     assert baseline["bits_per_token"] == pytest.approx(bits, rel=1e-5)
 
@@ -201,6 +201,18 @@ def test_data_that_changed_is_refused(trained, images, capsys):
     assert code == 1 and "has changed since python tokenizer.py" in message
 
 
+def test_more_samples_than_test_images_are_cut(trained):
+    metrics = run(trained, "--cfg-scales", "1", "--num-samples", "30")
+    assert metrics["protocol"]["num_samples"] == 24
+
+
+def test_the_control_is_not_called_k_means(trained):
+    clusters = torch.load(trained / "clusters.pt", weights_only=True)
+    torch.save(clusters | {"method": "random"}, trained / "clusters.pt")
+    sample.main(["--out", str(trained), "--num-samples", "16"])
+    assert set(run(trained)["swap"]) == {"random"}
+
+
 def test_two_samples_are_enough_to_run(trained):
     sample.main(["--out", str(trained), "--num-samples", "2"])
     assert run(trained)["protocol"]["num_samples"] == 2
@@ -209,14 +221,17 @@ def test_two_samples_are_enough_to_run(trained):
 def test_what_cannot_be_judged_is_refused(trained, capsys):
     code, message = error_of(capsys, evaluate.main, "--out", trained)
     assert code == 1 and "run python sample.py first" in message
-    flags = "--out", trained, "--cfg-scales", 1, "--num-samples", 30
-    code, message = error_of(capsys, evaluate.main, *flags)
-    assert code == 1 and "30 samples cannot be compared" in message
+    sample.main(["--out", str(trained), "--num-samples", "1"])
+    code, message = error_of(capsys, evaluate.main, "--out", trained)
+    assert code == 1 and "draw more samples" in message
     sample.main(["--out", str(trained), "--num-samples", "16"])
     samples = torch.load(trained / "samples.pt", weights_only=True)
     torch.save(samples | {"cluster_id": "others"}, trained / "samples.pt")
     code, message = error_of(capsys, evaluate.main, "--out", trained)
     assert code == 1 and "samples.pt belongs to another cluster" in message
+    torch.save(samples | {"step": 3}, trained / "samples.pt")
+    code, message = error_of(capsys, evaluate.main, "--out", trained)
+    assert code == 1 and "of step 3, which is now at step 7" in message
     torch.save(samples, trained / "samples.pt")
     flags = "--features", "inception", "--inception-weights", trained / "nothing.pth"
     base = "--out", trained, "--judge-steps", 2

@@ -32,7 +32,16 @@ def test_from_images_to_metrics(tmp_path, images):
         done.stderr
         == "error: out/tokenizer.pt is missing: run python tokenizer.py first\n"
     )
-    run(tmp_path, "tokenizer.py", "--data", str(images), "--warmup", "1", *few, *model)
+    run(
+        tmp_path,
+        "tokenizer.py",
+        "--data",
+        str(images),
+        "--codebook-after",
+        "1",
+        *few,
+        *model,
+    )
     run(tmp_path, "cluster.py", "--clusters", "4")
     run(tmp_path, "ar_model.py", *few, *SIZES)
     run(tmp_path, "aux_model.py", *few, *SIZES)

@@ -18,7 +18,7 @@ def draw(out, *flags, name="samples.pt"):
 
 
 def test_coarse_then_fine_then_pixels(trained):
-    models, _, _ = sample.load_models(trained, "ctf", "cpu")
+    models, _, _ = sample.load_models(trained, "ctf", torch.device("cpu"))
     labels = torch.tensor([0, 2, 1, 1])
     generator = torch.Generator().manual_seed(3)
     settings = SETTINGS | {"cfg_scale": 2.0, "top_k": 3}
@@ -92,7 +92,7 @@ def test_top_k_above_the_vocabulary_means_all(trained):
 
 def test_the_baseline_draws_fine_labels_directly(trained):
     samples = draw(trained, "--model", "baseline", name="samples-baseline.pt")
-    models, _, _ = sample.load_models(trained, "baseline", "cpu")
+    models, _, _ = sample.load_models(trained, "baseline", torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     wanted = generate(models["ar"], samples["labels"], generator, **SETTINGS)
     assert torch.equal(samples["fine"], wanted) and samples["coarse"] is None

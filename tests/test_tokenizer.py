@@ -11,7 +11,7 @@ from tests.conftest import check_resume, error_of
 from tokenizer import VQVAE, VQVAEConfig
 
 TINY = ["--image-size", "16", "--channels", "16", "--codebook-size", "24"]
-TINY += ["--batch-size", "4", "--warmup", "2", "--save-every", "100"]
+TINY += ["--batch-size", "4", "--codebook-after", "2", "--save-every", "100"]
 
 
 @pytest.fixture
@@ -293,8 +293,10 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_file(
         return math.inf if step == 5 else peak  # ruins the weights in step 5
 
     monkeypatch.setattr(tokenizer, "learning_rate", learning_rate)
-    command = [*TINY, "--data", images, "--out", tmp_path, "--save-every", 4]
-    code, message = error_of(capsys, tokenizer.main, *command, "--steps", 60)
+    command = [*TINY, "--data", images, "--out", tmp_path, "--steps", 60]
+    code, message = error_of(capsys, tokenizer.main, *command, "--save-every", 2)
+    assert code == 1 and "a weight is not finite" in message
+    code, message = error_of(capsys, tokenizer.main, *command, "--save-every", 4)
     assert code == 1 and "the loss is nan at step 6" in message
     artifact = tokenizer.load(tmp_path / "tokenizer.pt", "tokenizer.py")
     assert artifact["step"] == 4
