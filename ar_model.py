@@ -6,7 +6,7 @@ pre-norm RMSNorm, SwiGLU, 2D rotary positions, no biases, untied embedding and h
 class embedding as the first token.
 
     python ar_model.py                  # CTF's stage 1, over M coarse labels: coarse.pt
-    python ar_model.py --labels fine    # CTF's baseline, over K fine labels: baseline.pt
+    python ar_model.py --labels fine    # its baseline, over K fine labels: baseline.pt
 
 Reads tokens.pt and clusters.pt; writes coarse.pt and coarse.png (or baseline.pt and
 .png). The first loss is ln V, that of guessing. The paper's sizes, --layers --dim
@@ -92,7 +92,7 @@ class Cache:
 
 
 class Block(nn.Module):
-    """A Transformer layer. causal: a token sees itself and those before it, else all."""
+    """A Transformer layer. causal: tokens see themselves and earlier ones, else all."""
 
     def __init__(self, dim, heads, causal):
         super().__init__()
@@ -161,7 +161,7 @@ class ARModel(nn.Module):
         init_weights(self)
 
     def transformer(self, x, begin=0, caches=None):
-        """Embeddings (B, n, dim) of positions begin .. begin + n -> logits (B, n, V)."""
+        """Embeddings (B, n, dim) of n positions from begin on -> logits (B, n, V)."""
         rotary = self.rotary[:, begin : begin + x.shape[1]]
         for i, block in enumerate(self.blocks):
             x = block(x, rotary, None if caches is None else caches[i])
@@ -215,7 +215,7 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 def draw(logits, generator):
     """An index int64 (...,) for each row of logits (..., V), from softmax(logits)."""
-    # The Gumbel-max trick: exact, and 5 times faster than torch.multinomial at V = 4096.
+    # The Gumbel-max trick: exact, and 5 times as fast as torch.multinomial at V 4096.
     shape, device = logits.shape, logits.device
     uniform = torch.rand(shape, generator=generator, device=device)
     uniform = uniform.clamp(1e-20, 1 - 1e-7)  # neither log may be of 0
@@ -262,7 +262,7 @@ def next_token_loss(model, tokens, labels):
 
 
 def drop_classes(labels, num_classes, rng):
-    """A tenth of the labels (B,) becomes the null class: guidance needs p(c) as well."""
+    """A tenth of the labels (B,) becomes the null class: guidance needs p(c) too."""
     dropped = torch.from_numpy(rng.random(len(labels)) < 0.1).to(labels.device)
     return labels.masked_fill(dropped, num_classes)
 

@@ -84,7 +84,7 @@ class AuxModel(nn.Module):
         init_weights(self)
         # The map g in three other forms: by_cluster (K,) are the codes of cluster 0,
         # then those of 1, and so on; members (M, S) has a row for each cluster, filled
-        # up with -1; and code q is number rank[q] of its row: members[g(q), rank[q]] = q.
+        # up with -1; code q is number rank[q] of its row, members[g(q), rank[q]] = q.
         self.sizes = code_to_cluster.bincount(minlength=config.clusters).tolist()
         by_cluster = code_to_cluster.argsort(stable=True)
         rows = by_cluster.split(self.sizes)
@@ -96,8 +96,8 @@ class AuxModel(nn.Module):
         self.register_buffer("rank", rank, persistent=False)
 
     def cluster_logits(self, x, coarse):
-        """Features (n, dim) of n tokens and their coarse labels (n,) -> logits (n, S) of
-        the members of each token's cluster.
+        """Features (n, dim) of n = B T tokens and their coarse labels (n,) -> logits
+        (n, S) of the members of each token's cluster, -inf beyond its size.
 
         The same numbers as all K logits with those outside the cluster masked, for a
         fraction of the work: tokens sorted by cluster, then a small product for each.
@@ -116,8 +116,10 @@ class AuxModel(nn.Module):
         return torch.cat(products).float()[order.argsort()]  # in the order of x again
 
     def forward(self, coarse, labels):
-        """Coarse labels int64 (B, T), class labels int64 (B,) -> float32 logits (B, T, S):
-        entry [b, i, s] belongs to the fine label members[coarse[b, i], s]."""
+        """Coarse labels (B, T) and class labels (B,), int64 -> float32 logits (B, T, S).
+
+        Entry [b, i, s] is that of the fine label members[coarse[b, i], s].
+        """
         class_token = self.class_embedding(labels)[:, None]  # (B, 1, dim)
         x = torch.cat([class_token, self.token_embedding(coarse)], dim=1)
         for block in self.blocks:
@@ -139,7 +141,7 @@ def load_aux(path, code_to_cluster, device, **ids):
 def predict_fine(
     model, coarse, labels, generator, cfg_scale=1.0, temperature=1.0, top_k=0
 ):
-    """Draw all fine labels in one pass: coarse (B, T), labels (B,) -> fine int64 (B, T).
+    """All fine labels in one pass: coarse (B, T), labels (B,) -> fine int64 (B, T).
 
     A fine label always lies in its coarse cluster. The order of what is done to the
     logits: guide, mask to the cluster, temperature, top-k.
@@ -157,8 +159,8 @@ def predict_fine(
 
 
 def fine_loss(model, fine, code_to_cluster, labels):
-    """Mean cross-entropy in nats of the fine labels (B, T) given their coarse labels and
-    the class labels (B,); and the share of tokens whose likeliest fine label is right."""
+    """Mean cross-entropy in nats of the fine labels (B, T), given their coarse labels and
+    the class labels (B,); and the share of tokens whose likeliest one is right."""
     logits = model(code_to_cluster[fine], labels)  # (B, T, S)
     rank = model.rank[fine]  # (B, T): the right answers, numbered within their cluster
     loss = F.cross_entropy(logits.flatten(0, 1), rank.flatten())

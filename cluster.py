@@ -9,8 +9,8 @@ token says nearly everything, and can be predicted first.
     python cluster.py --method random  # the paper's control; use another --out, with
                                        # copies of tokenizer.pt and tokens.pt in it
 
-q is one of K, g(q) one of M. Reads tokenizer.pt and tokens.pt; writes clusters.pt (code_to_cluster is g) and
-clusters.png (figure 1b), in seconds.
+q is one of K labels, g(q) one of M. Reads tokenizer.pt and tokens.pt; writes clusters.pt
+(code_to_cluster is g) and clusters.png (figure 1b), in seconds.
 
 One token all the way, with K = 6 and M = 2: code_to_cluster = [0, 1, 1, 0, 1, 0]. The
 fine label 4 has the coarse label 1. Stage 1 (ar_model.py) predicts that 1; stage 2
@@ -179,14 +179,12 @@ def main(argv=None):
     runs = [kmeans(codebook, M, seed, max_iter=args.max_iter) for seed in seeds]
     code_to_cluster, centroids, inertia = min(runs, key=lambda run: run[2][-1])
     sizes = np.bincount(code_to_cluster, minlength=M)
-    variance = ((codebook - codebook.mean(axis=0)) ** 2).sum()
+    print(f"{M} clusters of {sizes.min()} to {sizes.max()} codes")
+    share = inertia[-1] / ((codebook - codebook.mean(axis=0)) ** 2).sum()
     print(
-        f"{M} clusters of {sizes.min()} to {sizes.max()} codes, median {np.median(sizes):.0f}"
+        f"inertia {inertia[0]:.1f} -> {inertia[-1]:.1f} in {len(inertia)} steps, the best"
     )
-    print(
-        f"inertia {inertia[0]:.1f} -> {inertia[-1]:.1f} in {len(inertia)} steps, best of "
-        f"{args.restarts} runs: {inertia[-1] / variance:.1%} of the codebook's variance"
-    )
+    print(f"of {args.restarts} runs: {share:.1%} of the variance is within clusters")
 
     rng = np.random.default_rng(args.seed)
     images = load_images(data["name"], "test", data["image_size"])[0][:10]

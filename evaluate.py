@@ -60,7 +60,7 @@ MODEL_FILES = {"ctf": "coarse.pt", "baseline": "baseline.pt"}
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) of two Gaussians (Heusel et al. 2017).
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) of Gaussians (Heusel et al. 2017).
 
     mu1, mu2 (F,); covariances sigma1, sigma2 (F, F), singular or not. Returns a float.
     """
@@ -99,8 +99,8 @@ def precision_recall(real, fake, k=3):
     """Improved precision and recall (Kynkäänniemi et al. 2019).
 
     real (N, F) and fake (N', F), more than one row each. A point is covered by a set if
-    some member of the set is no farther from it than from its own k-th nearest neighbour
-    in the set. precision: the share of fake covered by real; recall: of real by fake.
+    some member of the set is no farther from it than from its own k-th neighbour in the
+    set. precision: the share of fake covered by real; recall: of real by fake.
     """
 
     def covered(points, members):
@@ -121,7 +121,7 @@ def precision_recall(real, fake, k=3):
 
 
 class Classifier(nn.Module):
-    """The judge: images (B, 3, H, W), -1..1 -> features (B, 128), logits (B, classes)."""
+    """The judge: images (B, 3, H, W), -1..1 -> features (B, 128) and logits (B, V)."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -220,7 +220,7 @@ def look(network, images, device):
 
 
 def named_sets(metrics):
-    """(name, colour, figures) of each set of images that was judged, in reading order."""
+    """(name, colour, figures) of each set of images, in reading order."""
     swap = metrics["swap"]
     sets = [
         ("real (training) images", "tab:grey", metrics["real"]),
@@ -314,7 +314,7 @@ def measure(images, labels, network, judge, real, device):
 def bits_per_token(models, fine, g, labels):
     """Held-out bits per token of each stage of a model: their sum is comparable.
 
-    -log p(q) = -log p(c) - sum_i log p(q_i | c): CTF is a likelihood of fine labels too.
+    -log p(q) = -log p(c) - sum_i log p(q_i | c): CTF has a likelihood too.
     fine (N, T), g (K,), labels (N,).
     """
     if "aux" in models:

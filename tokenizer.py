@@ -173,7 +173,7 @@ def load(path, script, **ids):
 
 
 def load_weights(model, artifact, path):
-    """Put the weights of an artifact into model; fails if the code has changed since."""
+    """Put the weights of an artifact into model; fails if the code has changed."""
     try:
         model.load_state_dict(artifact["model"])
     except RuntimeError as error:
@@ -247,7 +247,7 @@ def leave(step):
 
 
 def finite(loss, step, path):
-    """The loss as a float; ends the program if it is none, before it harms the model."""
+    """The loss as a float; ends the program if it is nan or infinite."""
     value = loss.item()
     if not math.isfinite(value):
         fail(f"the loss is {value} at step {step}; {path} is of the last save, if any")
@@ -372,7 +372,7 @@ def load_images(data, split, image_size):
 
 
 def load_folder(root, split, image_size):
-    """load_images for a folder: short side resized to image_size, the centre cut out."""
+    """load_images for a folder: resized to the short side, the centre cut out."""
     folder = root
     if (root / "train").is_dir():
         folder = root / split
@@ -588,7 +588,7 @@ def reconstruct(model, fine):
 
 
 def psnr(images, others):
-    """Peak signal-to-noise ratio in dB, the mean over images; both uint8 (N, H, W, 3)."""
+    """Peak signal-to-noise ratio in dB, mean over images; uint8 (N, H, W, 3)."""
     error = (images.float() - others.float()).square().mean(dim=(1, 2, 3))  # (N,)
     return (10 * (255**2 / error.clamp(min=1e-3)).log10()).mean().item()
 

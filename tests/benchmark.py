@@ -3,8 +3,8 @@
     python tests/benchmark.py                           # two CPU cores: @ minutes
     python tests/benchmark.py --codes 16384 --batch-sizes 64 --rounds 9
 
-All rivals run in one process, in turn, several rounds; printed are medians, and ratios of
-the medians: absolute times differ from machine to machine and from day to day.
+All rivals run in one process, in turn, several rounds. Printed are medians and ratios of
+medians: absolute times differ from machine to machine, and from day to day.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def seconds(function, device):
 
 
 def race(rivals, rounds, device):
-    """Median seconds of each of rivals {name: function}, taken in turn; a warm-up first."""
+    """Median seconds of each of rivals {name: function}, run in turn."""
     for function in rivals.values():
         function()
     times = {name: [] for name in rivals}

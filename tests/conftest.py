@@ -93,7 +93,7 @@ def trained(out):
 
 
 def noisy(model):
-    """model with large random weights: a new head is all zeros, and predicts nothing."""
+    """model with large random weights: a new head is all zeros."""
     torch.manual_seed(1)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.4)

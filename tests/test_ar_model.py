@@ -25,7 +25,7 @@ def tokens():
 LABELS = torch.tensor([0, 1, 2, 3, 1])  # 3 is the null class
 
 
-# --------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------- model
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_heldout_loss_weighs_every_image_alike(model):
     )
 
 
-# ---------------------------------------------------------------------------- generation
+# --------------------------------------------------------------------------- generation
 
 
 def test_cached_logits_equal_those_of_the_whole_pass(model, tokens):
@@ -225,7 +225,7 @@ def test_draws_follow_the_softmax():
     assert chisquare(counts[some], wanted / wanted.sum() * 20_000).pvalue > 1e-3
 
 
-# ------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------- training
 
 
 def test_a_tenth_of_the_classes_becomes_the_null_class():

@@ -25,7 +25,7 @@ def covariance(rng, size, rank=None):
     return a @ a.T / size
 
 
-# ------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------ metrics
 
 
 def test_frechet_distance_against_the_matrix_root(rng):
@@ -111,7 +111,7 @@ def test_precision_recall_of_equal_distant_and_narrow_sets(rng):
     assert precision > 0.95 and recall < 0.05
 
 
-# ----------------------------------------------------------------------------- the judge
+# ---------------------------------------------------------------------------- the judge
 
 
 def test_the_judge_learns_and_is_kept(images, tmp_path):
@@ -131,7 +131,7 @@ def test_the_judge_learns_and_is_kept(images, tmp_path):
     assert path.stat().st_mtime_ns > written  # other images: another judge
 
 
-# ---------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------- the report
 
 
 def run(out, *flags):

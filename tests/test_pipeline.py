@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(folder, script, *flags, code=0):
-    """Run a script in folder; returns its CompletedProcess, which must exit with code."""
+    """Run a script in folder, which must exit with code."""
     command = [sys.executable, str(ROOT / script), "--device", "cpu", *flags]
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, check=False, timeout=200

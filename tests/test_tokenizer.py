@@ -24,7 +24,7 @@ def unit_vectors(*shape):
     return F.normalize(torch.randn(shape), dim=1)
 
 
-# ------------------------------------------------------------------------------ images
+# ------------------------------------------------------------------------------- images
 
 
 def test_glyphs_depend_on_the_seed_alone():
@@ -200,7 +200,7 @@ def test_the_loss_reaches_encoder_and_decoder(model):
     )
 
 
-# --------------------------------------------------------------------- files and numbers
+# -------------------------------------------------------------------- files and numbers
 
 
 def test_psnr_of_a_known_error():
@@ -246,7 +246,7 @@ def test_artifacts_that_cannot_be_used_are_named(tmp_path):
     assert "cannot be read" in message()
 
 
-# ------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------- training
 
 
 def test_training_starts_the_codebook_at_encoder_outputs(images, tmp_path, monkeypatch):
