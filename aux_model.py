@@ -116,7 +116,7 @@ class AuxModel(nn.Module):
         return torch.cat(products).float()[order.argsort()]  # in the order of x again
 
     def forward(self, coarse, labels):
-        """Coarse labels (B, T) and class labels (B,), int64 -> float32 logits (B, T, S).
+        """Coarse labels (B, T), class labels (B,), int64 -> float32 logits (B, T, S).
 
         Entry [b, i, s] is that of the fine label members[coarse[b, i], s].
         """
@@ -159,7 +159,7 @@ def predict_fine(
 
 
 def fine_loss(model, fine, code_to_cluster, labels):
-    """Mean cross-entropy in nats of the fine labels (B, T), given their coarse labels and
+    """Mean cross-entropy in nats of the fine labels (B, T) given the coarse labels and
     the class labels (B,); and the share of tokens whose likeliest one is right."""
     logits = model(code_to_cluster[fine], labels)  # (B, T, S)
     rank = model.rank[fine]  # (B, T): the right answers, numbered within their cluster

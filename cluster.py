@@ -9,7 +9,7 @@ token says nearly everything, and can be predicted first.
     python cluster.py --method random  # the paper's control; use another --out, with
                                        # copies of tokenizer.pt and tokens.pt in it
 
-q is one of K labels, g(q) one of M. Reads tokenizer.pt and tokens.pt; writes clusters.pt
+q is one of K, g(q) one of M. Reads tokenizer.pt and tokens.pt; writes clusters.pt
 (code_to_cluster is g) and clusters.png (figure 1b), in seconds.
 
 One token all the way, with K = 6 and M = 2: code_to_cluster = [0, 1, 1, 0, 1, 0]. The

@@ -3,8 +3,8 @@
     python tests/benchmark.py                           # two CPU cores: @ minutes
     python tests/benchmark.py --codes 16384 --batch-sizes 64 --rounds 9
 
-All rivals run in one process, in turn, several rounds. Printed are medians and ratios of
-medians: absolute times differ from machine to machine, and from day to day.
+All rivals run in one process, in turn, several rounds. Printed are medians and ratios
+of medians: absolute times differ from machine to machine, and from day to day.
 """
 
 import argparse
