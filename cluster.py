@@ -181,10 +181,11 @@ def main(argv=None):
     sizes = np.bincount(code_to_cluster, minlength=M)
     print(f"{M} clusters of {sizes.min()} to {sizes.max()} codes")
     share = inertia[-1] / ((codebook - codebook.mean(axis=0)) ** 2).sum()
+    steps = f"{len(inertia)} steps, best of {args.restarts} runs"
     print(
-        f"inertia {inertia[0]:.1f} -> {inertia[-1]:.1f} in {len(inertia)} steps, the best"
+        f"inertia {inertia[0]:.1f} -> {inertia[-1]:.1f} in {steps}: {share:.1%} of the"
     )
-    print(f"of {args.restarts} runs: {share:.1%} of the variance is within clusters")
+    print("variance of the codebook is within clusters")
 
     rng = np.random.default_rng(args.seed)
     images = load_images(data["name"], "test", data["image_size"])[0][:10]
