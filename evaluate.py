@@ -14,6 +14,7 @@ data set), metrics.json and metrics.png.
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -266,7 +267,8 @@ def plot_metrics(path, metrics, distance):
     axes = figure.subplots(1 + curves, 2, squeeze=False)
     figure.suptitle(
         f"{protocol['num_samples']} images of each kind against {protocol['num_real']} "
-        f"real test images of {protocol['data']} (features: {protocol['features']})"
+        f"real test images of {Path(protocol['data']).name} "
+        f"(features: {protocol['features']})"
     )
     for ax, key, factor in zip(axes[0], (distance, "class_accuracy"), (1, 100)):
         values = [factor * row[key] for row in figures]

@@ -13,6 +13,7 @@ cores.
 """
 
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -180,7 +181,7 @@ def main(argv=None):
         cluster_id=ar_artifact["cluster_id"],
     )
     title = {"ctf": "CTF", "baseline": "baseline"}[args.model]
-    title = f"{title} samples of {name}, guidance {args.cfg_scale:g}, seed {args.seed}"
+    title = f"{title} samples of {Path(name).name}, guidance {args.cfg_scale:g}, seed {args.seed}"
     plot_samples(args.out / f"{stem}.png", title, images, labels, classes)
     if args.npz:
         path = args.out / f"{stem}.npz"
