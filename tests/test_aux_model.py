@@ -65,6 +65,18 @@ def test_logits_are_those_of_the_masked_k_way_head(model, fine):
             assert (logits[b, i, len(members) :] == -math.inf).all()
 
 
+def test_the_answer_of_a_token_is_read_off_at_its_own_place(fine):
+    # Without layers nothing mixes the tokens: what is left is embedding, norm and head.
+    model = noisy(AuxModel(AuxConfig(4, 10, 3, [3, 4], layers=0, dim=32, heads=4), G))
+    coarse = G[fine]
+    x = model.token_embedding.weight[coarse]
+    x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * model.norm.weight
+    wanted = (x @ model.head.weight.T).masked_fill(G != coarse[..., None], -math.inf)
+    logits = model(coarse, LABELS).gather(-1, model.rank.expand(5, 12, 10))
+    mask = wanted.isfinite()
+    torch.testing.assert_close(logits[mask], wanted[mask])
+
+
 def test_loss_is_the_masked_cross_entropy(model, fine):
     dense = dense_logits(model, G[fine], LABELS)
     log_p = dense.log_softmax(-1).gather(-1, fine[..., None])

@@ -51,6 +51,13 @@ def test_inertia_never_rises_and_no_cluster_stays_empty(x):
     assert (np.diff(far) <= 1e-6).all() and len(far) < 300
 
 
+def test_an_empty_cluster_takes_over_the_farthest_row():
+    x = np.array([[0.0], [1.0], [10.0], [2.0]])
+    labels, centroids, _ = kmeans(x, 2, init=[[0.0], [0.0]], max_iter=1)
+    assert labels.tolist() == [0, 0, 1, 0]
+    assert centroids.tolist() == [[1.0], [10.0]]
+
+
 def test_as_many_clusters_as_rows_leave_no_inertia(x):
     labels, _, inertia = kmeans(x[:50], 50)
     assert sorted(labels) == list(range(50)) and inertia[-1] == 0

@@ -180,6 +180,10 @@ def test_metrics_of_sample_files(trained, images, capsys):
     assert metrics["real"]["fd"] == pytest.approx(
         frechet_distance(*gaussians), rel=1e-4
     )
+    drawn = torch.load(trained / "samples.pt", weights_only=True)["images"][:12]
+    fake = evaluate.look(judge, drawn.permute(0, 2, 3, 1), "cpu")[0]
+    covered = ctf["precision"], ctf["recall"]
+    assert covered == precision_recall(real[:12], fake) and covered[0] != covered[1]
     right = (logits.argmax(1) == train_labels[:12].numpy()).mean()
     assert metrics["real"]["class_accuracy"] == pytest.approx(right)
     assert (trained / "metrics.png").stat().st_size > 1000

@@ -59,6 +59,18 @@ def test_seeds_decide_the_images(trained):
     assert not torch.equal(one["fine"], other["fine"])
 
 
+def test_batches_are_drawn_one_after_the_other(trained):
+    models, _, _ = sample.load_models(trained, "ctf", torch.device("cpu"))
+    labels, settings = torch.tensor([0, 1, 2, 2, 1]), (SETTINGS, FINE_SETTINGS)
+    images, coarse, fine, _ = sample.sample_batches(models, labels, 4, *settings, 2)
+    generator = torch.Generator().manual_seed(4)
+    parts = [
+        sample.sample_images(models, y, generator, *settings) for y in labels.split(2)
+    ]
+    for drawn, wanted in zip((images, coarse, fine), zip(*parts)):
+        assert torch.equal(drawn, torch.cat(wanted))
+
+
 def test_batches_differ_from_each_other(trained):
     samples = draw(trained, "--batch-size", "2", "--classes", "1")
     assert samples["labels"].tolist() == [1] * 6
