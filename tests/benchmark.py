@@ -1,7 +1,7 @@
 """How fast sampling is, with random weights: what the README says about speed.
 
-    python tests/benchmark.py                           # two CPU cores: @ minutes
-    python tests/benchmark.py --codes 16384 --batch-sizes 64 --rounds 9
+    python tests/benchmark.py
+    python tests/benchmark.py --batch-sizes 64    # about a minute on two CPU cores
 
 All rivals run in one process, in turn, several rounds. Printed are medians and ratios
 of medians: absolute times differ from machine to machine, and from day to day.
