@@ -1,7 +1,7 @@
 """Stage 1: a GPT-style model that predicts the coarse labels of an image one by one.
 
 p(c_1 .. c_T | y) = prod_t p(c_t | c_<t, y), cross-entropy over the M coarse labels
-(arXiv 2503.16194, section 3.2). The Transformer is LlamaGen's (arXiv 2406.06525):
+(arXiv 2503.16194, figure 1c). The Transformer is LlamaGen's (arXiv 2406.06525):
 pre-norm RMSNorm, SwiGLU, 2D rotary positions, no biases, untied embedding and head, the
 class embedding as the first token.
 

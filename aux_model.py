@@ -1,7 +1,7 @@
 """Stage 2: a bidirectional model that predicts all fine labels at once.
 
 p(q_i | c_1 .. c_T, y) for every token i, in one pass with full attention (arXiv
-2503.16194, section 3.2): cross-entropy over the K fine labels. As q_i lies in cluster
+2503.16194, figure 1c): cross-entropy over the K fine labels. As q_i lies in cluster
 c_i, all logits outside that cluster are masked. They need not even be computed: a token
 meets those rows of the K-way head that belong to its cluster, and no others.
 

@@ -1,6 +1,6 @@
 """The clusters: similar codewords together, fine label q -> coarse label g(q).
 
-The observation behind CTF (arXiv 2503.16194, section 3.1, figures 1a and 1b): a large
+The observation behind CTF (arXiv 2503.16194, figures 1a and 1b): a large
 codebook is redundant. Replace every token of an image by another one of its cluster,
 and the picture survives; with clusters made at random it does not. So the cluster of a
 token says nearly everything, and can be predicted first.

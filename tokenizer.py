@@ -2,7 +2,7 @@
 
 CTF (arXiv 2503.16194) starts from such a tokenizer with a large codebook. A token is
 the index of one of K codewords, its *fine label*. The recipe is LlamaGen's (arXiv
-2406.06525, section 3.1): l2-normalised codes of only d = 8 dimensions and a commitment
+2406.06525): l2-normalised codes of only d = 8 dimensions and a commitment
 weight of 0.25. The codes follow moving averages (van den Oord et al. 2017, appendix
 A.1). There is no perceptual and no adversarial loss.
 
