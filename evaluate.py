@@ -105,6 +105,7 @@ def precision_recall(real, fake, k=3):
     """
 
     def covered(points, members):
+        """The share of points (N, F) that are covered by members (N', F)."""
         blocks = np.array_split(members, 1 + len(members) // 1000)
         # The nearest is the member itself, at 0; so the k-th neighbour is at index k.
         at = min(k, len(members) - 1)

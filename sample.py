@@ -90,13 +90,10 @@ def sample_batches(models, labels, seed, settings, fine_settings, batch_size=100
     generator = torch.Generator(device).manual_seed(seed)
     batches = [y.to(device) for y in labels.split(batch_size)]
     began = time.perf_counter()
-    drawn = [
-        [
-            None if part is None else part.cpu()
-            for part in sample_images(models, y, generator, settings, fine_settings)
-        ]
-        for y in tqdm(batches, "sample", unit="batch")
-    ]
+    drawn = []
+    for y in tqdm(batches, "sample", unit="batch"):
+        parts = sample_images(models, y, generator, settings, fine_settings)
+        drawn.append([None if part is None else part.cpu() for part in parts])
     speed = len(labels) / (time.perf_counter() - began)
     images, coarse, fine = zip(*drawn)
     coarse = None if coarse[0] is None else torch.cat(coarse)

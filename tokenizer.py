@@ -601,8 +601,9 @@ def plot(path, history, images, reconstructions, K):
     figure = Figure(figsize=(12, 6), layout="constrained")
     pictures, curves = figure.subfigures(2, 1, height_ratios=[2, 3])
     pictures.suptitle("unseen images (above), decoded from their tokens (below)")
-    both = torch.cat([images[:12], reconstructions[:12]]).cpu().numpy()
-    for axes, image in zip(pictures.subplots(2, 12).flat, both):
+    n = min(12, len(images))
+    both = torch.cat([images[:n], reconstructions[:n]]).cpu().numpy()
+    for axes, image in zip(pictures.subplots(2, n).flat, both):
         axes.imshow(image)
         axes.axis("off")
     measured = history["heldout"]
