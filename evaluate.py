@@ -6,15 +6,18 @@ reconstructions, for the two swaps of figure 1b, and the accuracy of the judge.
 
     python evaluate.py                           # the files that sample.py wrote
     python evaluate.py --cfg-scales 1 1.5 2 3    # both models at each guidance scale
+    python evaluate.py --kept                    # the copies of --keep-every: figure 2
+    python evaluate.py --mean-of out-1 out-2     # the mean of runs judged before
     python evaluate.py --features inception      # Inception v3, not our classifier
 
 Reads what the other stages wrote; writes classifier.pt (the judge, trained once per
-data set), metrics.json and metrics.png. On two CPU cores: a minute, FD 0.63.
+data set), metrics.json and metrics.png (--kept: convergence.json and .png). On two CPU cores: a minute, FD 0.63.
 """
 
 import json
 import math
 from pathlib import Path
+from statistics import mean, stdev
 
 import numpy as np
 import torch
@@ -28,9 +31,16 @@ from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 from ar_model import heldout_loss
-from aux_model import heldout_fine
+from aux_model import heldout_fine, predict_fine
 from cluster import load_clusters, random_clusters, swap_within_clusters
-from sample import FINE_SETTINGS, SETTINGS, load_models, sample_batches
+from sample import (
+    FINE_SETTINGS,
+    MODEL_FILES,
+    SETTINGS,
+    load_models,
+    sample_batches,
+    training_of,
+)
 from tokenizer import (
     CommandLine,
     at_least,
@@ -54,7 +64,8 @@ from tokenizer import (
 
 MODEL_COLORS = {"ctf": "tab:orange", "baseline": "tab:blue"}
 SAMPLE_FILES = {"ctf": "samples.pt", "baseline": "samples-baseline.pt"}
-MODEL_FILES = {"ctf": "coarse.pt", "baseline": "baseline.pt"}
+MODEL_NAMES = {"ctf": "CTF", "baseline": "baseline"}
+IS_LABEL = "Inception Score: higher is better"
 
 # --------------------------------------------------------------------------------------
 # The metrics: pure functions of arrays, in float64
@@ -232,67 +243,147 @@ def named_sets(metrics):
     for key, name, color in names:
         if key in swap:
             sets.append((f"swap within {name} clusters", color, swap[key]))
+    if "stage2" in metrics:
+        sets.append(("real coarse labels, fine drawn", "tab:olive", metrics["stage2"]))
+    steps = {row["step"] for row in metrics["rows"]}
     for row in metrics["rows"]:
-        name = f"{row['model']} samples, guidance {row['cfg_scale']:g}"
+        name = f"{MODEL_NAMES[row['model']]} samples, guidance {row['cfg_scale']:g}"
+        if len(steps) > 1:
+            name += f", step {row['step']}"
         sets.append((name, MODEL_COLORS[row["model"]], row))
     return sets
 
 
 def print_table(metrics, distance):
     """One table on the terminal: a line for each set of images."""
-    columns = ["class", "precision", "recall", "bits/token", "images/s"]
+    columns = ["precision", "recall", "bits/token", "params", "train s", "images/s"]
     head = "".join(f"{name:>11}" for name in columns)
-    print(f"\n{'':32}{distance.upper():>9}{'IS':>14}{head}")
+    print(f"\n{'':40}{distance.upper():>15}{'IS':>15}{'right class, %':>15}{head}")
     for name, _, row in named_sets(metrics):
-        score = "{:.2f} ± {:.2f}".format(*row["inception_score"])
-        line = f"{name:32}{row[distance]:9.2f}{score:>14}{row['class_accuracy']:11.1%}"
+        line = f"{name:40}"
+        for key in (distance, "inception_score", "class_accuracy"):
+            factor = 100 if key == "class_accuracy" else 1
+            text = f"{factor * row[key]:.2f}"
+            if "std" in row:  # over training seeds
+                text += f" ± {factor * row['std'][key]:.2f}"
+            line += f"{text:>15}"
         line += f"{row['precision']:11.3f}{row['recall']:11.3f}"
         if "bits_per_token" in row:
-            line += f"{row['bits_per_token']:11.3f}{row['images_per_second']:11.0f}"
+            line += f"{row['bits_per_token']:11.3f}{row['parameters'] / 1e6:10.2f}M"
+            line += f"{row['train_seconds']:11.0f}{row['images_per_second']:11.0f}"
         print(line)
+
+
+def best_rows(rows, distance):
+    """Of each model at each step the row of the guidance scale with least distance."""
+    best = {}
+    for row in rows:
+        key = row["model"], row["step"]
+        if row[distance] <= best.get(key, row)[distance]:
+            best[key] = row
+    return list(best.values())
+
+
+def draw_lines(ax, rows, x, y, note=None):
+    """A line for each model: rows[x] against rows[y], points annotated with note."""
+    for model, color in MODEL_COLORS.items():
+        own = [row for row in rows if row["model"] == model]
+        if not own:
+            continue
+        xs, ys = [row[x] for row in own], [row[y] for row in own]
+        bars = [row["std"][y] for row in own] if "std" in own[0] else None
+        name = MODEL_NAMES[model]
+        ax.errorbar(xs, ys, bars, color=color, marker="o", capsize=3, label=name)
+        for row in own if note else []:
+            ax.annotate(f" {row[note]:g}", (row[x], row[y]), va="bottom")
+    ax.legend()
 
 
 def plot_metrics(path, metrics, distance):
     """metrics.png: distance and class accuracy of each set; of several guidance scales,
-    each model's best, and the trade-offs as curves."""
-    rows, protocol = metrics["rows"], metrics["protocol"]
-    best = {}  # of each model
-    for row in rows:
-        if row[distance] <= best.get(row["model"], row)[distance]:
-            best[row["model"]] = row
-    sets = [s for s in named_sets(metrics) if s[2] in best.values() or s[2] not in rows]
-    names, colors, figures = zip(*sets)
-    curves = len(rows) > len(best)
-    size = (12, 7.5 if curves else 3.8)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1 + curves, 2, squeeze=False)
-    figure.suptitle(
-        f"{protocol['num_samples']} images of each kind against {protocol['num_real']} "
-        f"real test images of {Path(protocol['data']).name} "
-        f"(features: {protocol['features']})"
-    )
-    for ax, key, factor in zip(axes[0], (distance, "class_accuracy"), (1, 100)):
-        values = [factor * row[key] for row in figures]
-        bars = ax.barh(names, values, color=colors, log=key == distance)
-        ax.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
-        ax.invert_yaxis()
-        ax.margins(x=0.2)
-    axes[0, 0].set_xlabel(f"{distance.upper()} (log scale): lower is better")
-    axes[0, 1].set_xlabel("seen as its class by the judge, %: higher is better")
-    axes[0, 1].set(yticklabels=[], xlim=(0, 119), xticks=range(0, 101, 20))
-    if curves:
-        points = [{**row, "IS": row["inception_score"][0]} for row in rows]
-        for ax, x, y in zip(axes[1], ("IS", "recall"), (distance, "precision")):
-            for model in best:
-                own = [row for row in points if row["model"] == model]
-                xs, ys = [row[x] for row in own], [row[y] for row in own]
-                ax.plot(xs, ys, color=MODEL_COLORS[model], marker="o", label=model)
-                for row in own:
-                    ax.annotate(f" {row['cfg_scale']:g}", (row[x], row[y]))
-            ax.set(xlabel=x, ylabel=y.upper() if y == distance else y)
-            ax.set_title("numbers: guidance scale")
-            ax.legend()
+    each model's best, and the trade-offs as curves. Of the kept copies
+    (convergence.png): distance and Inception Score over steps and over seconds."""
+    protocol, name = metrics["protocol"], distance.upper()
+    rows, best = metrics["rows"], best_rows(metrics["rows"], distance)
+    title = f"{protocol['num_samples']} images of each kind against "
+    title += f"{protocol['num_real']} real test images of {Path(protocol['data']).name}"
+    title += f" (features: {protocol['features']})"
+    if "training_seeds" in protocol:
+        title += f"\nmean and standard deviation of {protocol['training_seeds']} runs"
+    if path.stem == "convergence":
+        figure = Figure(figsize=(12, 7.5), layout="constrained")
+        axes = figure.subplots(2, 2)
+        for row_axes, y in zip(axes, (distance, "inception_score")):
+            for ax, x in zip(row_axes, ("step", "train_seconds")):
+                draw_lines(ax, best, x, y)
+        axes[0, 0].set(ylabel=f"{name} (log scale): lower is better", yscale="log")
+        axes[0, 1].set(yscale="log")
+        axes[1, 0].set(ylabel=IS_LABEL, xlabel="training steps (CTF: of stage 1)")
+        axes[1, 1].set(xlabel="training seconds (CTF: of both stages)")
+    else:
+        curves = len(rows) > len(best)
+        figure = Figure(figsize=(12, 8 if curves else 4.2), layout="constrained")
+        axes = figure.subplots(1 + curves, 2, squeeze=False)
+        sets = named_sets(metrics | {"rows": best})
+        names, colors, figures = zip(*sets)
+        keys = (distance, "class_accuracy")
+        for ax, key, factor in zip(axes[0], keys, (1, 100)):
+            values = [factor * row[key] for row in figures]
+            bars = ax.barh(names, values, color=colors, log=key == distance)
+            ax.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
+            ax.invert_yaxis()
+            ax.margins(x=0.2)
+        axes[0, 0].set_xlabel(f"{name} (log scale): lower is better")
+        axes[0, 1].set_xlabel("seen as its class by the judge, %: higher is better")
+        axes[0, 1].set(yticklabels=[], xlim=(0, 119), xticks=range(0, 101, 20))
+        if curves:
+            draw_lines(axes[1, 0], rows, "inception_score", distance, "cfg_scale")
+            draw_lines(axes[1, 1], rows, "recall", "precision", "cfg_scale")
+            axes[1, 0].set(xlabel=IS_LABEL, yscale="log")
+            axes[1, 0].set_ylabel(f"{name} (log scale): lower is better")
+            axes[1, 1].set(xlabel="recall", ylabel="precision")
+            for ax in axes[1]:
+                ax.set_title("numbers: guidance scale")
+    figure.suptitle(title)
     save_figure(path, figure)
+
+
+def average(values):
+    """The mean of equal structures of numbers; of anything else the first."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: average([value[key] for value in values]) for key in first}
+    if isinstance(first, list):
+        return [average(list(same)) for same in zip(*values)]
+    return mean(values) if isinstance(first, (int, float)) else first
+
+
+def mean_of_seeds(paths):
+    """The mean of the metrics of several runs, equal in all but the training seed.
+
+    Each row also gets "std", the sample standard deviations of its scores.
+    """
+    runs = []
+    for path in paths:
+        try:
+            runs.append(json.loads(path.read_text()))
+        except (OSError, ValueError) as error:
+            fail(f"{path}: {reason(error)}: run python evaluate.py --out {path.parent}")
+
+    def kind(run):  # what must be equal
+        rows = [[r[key] for key in ("model", "step", "cfg_scale")] for r in run["rows"]]
+        protocol = [run["protocol"][key] for key in ("features", "num_samples", "data")]
+        return rows, protocol
+
+    for path, run in zip(paths, runs):
+        if kind(run) != kind(runs[0]):
+            fail(f"{path} and {paths[0]} differ in models, steps, guidance or protocol")
+    metrics = average(runs)
+    metrics["protocol"]["training_seeds"] = len(runs)
+    for row, *same in zip(metrics["rows"], *(run["rows"] for run in runs)):
+        numbers = [key for key, value in row.items() if isinstance(value, (int, float))]
+        row["std"] = {key: stdev(each[key] for each in same) for key in numbers}
+    return metrics
 
 
 def measure(images, labels, network, judge, real, device):
@@ -305,9 +396,11 @@ def measure(images, labels, network, judge, real, device):
     judged = logits if network is judge else look(judge, images, device)[1]
     precision, recall = precision_recall(real[: len(features)], features)
     distance = frechet_distance(*gaussian(real), *gaussian(features))
+    score, score_std = inception_score(logits)
     return {
         "fd" if network is judge else "fid": distance,
-        "inception_score": inception_score(logits),
+        "inception_score": score,
+        "inception_score_std": score_std,
         "precision": precision,
         "recall": recall,
         "class_accuracy": float((judged.argmax(1) == labels.numpy()).mean()),
@@ -328,70 +421,103 @@ def bits_per_token(models, fine, g, labels):
     return [value / math.log(2) for value in nats]
 
 
-def sample_sets(models, artifact, file, args, num_samples, num_classes):
-    """What there is to judge of one model: yields (facts, images, labels).
+def checkpoints(out, kind, kept):
+    """File names of the weights of one model as load_models wants them, each in a tuple.
 
-    It is the sample file; or, with --cfg-scales, what is drawn now at each scale.
+    The final ones; or, kept, the copies that --keep-every left, the earliest first:
+    copy number i of stage 1 goes with copy number i of stage 2.
     """
-    facts = {"step": artifact["step"]}
+    if not kept:
+        return [MODEL_FILES[kind]]
+    stems = [Path(file).stem for file in MODEL_FILES[kind]]
+    copies = [sorted(p.name for p in out.glob(f"{s}-[0-9]*.pt")) for s in stems]
+    if len({len(names) for names in copies}) > 1:
+        fail(f"{out}: --kept needs as many copies of {stems[0]}.pt as of {stems[1]}.pt")
+    return list(zip(*copies))
+
+
+def contestants(args, device):
+    """Yields (kind, models, artifacts, sample file) of all there is to judge.
+
+    The sample file is None where images are to be drawn: --cfg-scales and --kept.
+    """
+    drawing = bool(args.cfg_scales or args.kept)
+    for kind, (first, *_) in MODEL_FILES.items():
+        if not (args.out / (first if drawing else SAMPLE_FILES[kind])).exists():
+            continue
+        settings = None
+        for files in checkpoints(args.out, kind, args.kept):
+            models, artifacts = load_models(args.out, files, device)
+            before, settings = settings, [a.get("settings") for a in artifacts.values()]
+            if before and before != settings:
+                fail(f"{args.out}: {files[0]} is of another run than the copies before")
+            file = None
+            if not drawing:
+                path = args.out / SAMPLE_FILES[kind]
+                script = "sample.py" + " --model baseline" * (kind == "baseline")
+                file = load(path, script)
+                if file["training"] != training_of(artifacts):
+                    fail(f"{path} is of other weights: run python {script} again")
+            yield kind, models, artifacts, file
+
+
+def sample_sets(models, file, args, num_samples, num_classes):
+    """The images of one model to judge: yields (facts, images, labels).
+
+    Those of the sample file; without one, what is drawn now at each guidance scale.
+    """
     if file is not None:
-        if file["step"] != artifact["step"]:
-            was = f"step {file['step']}, which is now at step {artifact['step']}"
-            fail(f"the {file['model']} samples are of {was}: run sample.py again")
-        facts |= file["settings"] | {"fine_settings": file["fine_settings"]}
+        facts = file["settings"] | {"fine_settings": file["fine_settings"]}
         facts |= {name: file[name] for name in ("seed", "images_per_second")}
         images = file["images"].permute(0, 2, 3, 1)
         yield facts, images[:num_samples], file["labels"][:num_samples]
         return
     labels = torch.arange(num_samples) % num_classes
-    for scale in args.cfg_scales:
+    for scale in args.cfg_scales or [SETTINGS["cfg_scale"]]:
         settings = SETTINGS | {"cfg_scale": scale}
         images, _, _, speed = sample_batches(
             models, labels, args.seed, settings, FINE_SETTINGS, args.batch_size
         )
-        facts |= settings | {"fine_settings": FINE_SETTINGS, "seed": args.seed}
+        facts = settings | {"fine_settings": FINE_SETTINGS, "seed": args.seed}
         yield facts | {"images_per_second": speed}, images, labels
 
 
-def main(argv=None):
-    parser = CommandLine(__doc__)
-    add, scale = parser.add_argument, at_least(0, float)
-    instead = "draw both models at these, in place of the sample files"
-    add("--cfg-scales", type=scale, nargs="+", help=instead)
-    add("--num-samples", type=at_least(2), default=2000, help="with --cfg-scales")
-    add("--batch-size", type=at_least(1), default=100, help="with --cfg-scales")
-    add("--features", choices=["classifier", "inception"], default="classifier")
-    add("--inception-weights", help="inception_v3_google-0cc3c7bd.pth, when offline")
-    add("--judge-steps", type=at_least(1), default=800, help="to train the classifier")
-    args = parser.parse_args(argv)
-    device = pick_device(args.device)
+def stage2_alone(models, fine, g, labels, seed):
+    """Images uint8 (N, H, W, 3) of real coarse labels with drawn fine ones.
 
+    What stage 2 costs when stage 1 makes no mistake. fine (N, T), g (K,), labels (N,).
+    """
+    generator = torch.Generator(fine.device).manual_seed(seed)
+    batches = zip(g[fine].split(100), labels.split(100))
+    drawn = [
+        predict_fine(models["aux"], coarse, y, generator, **FINE_SETTINGS)
+        for coarse, y in batches
+    ]
+    return reconstruct(models["vqvae"], torch.cat(drawn)).cpu()
+
+
+def judge_all(args, device):
+    """Everything that metrics.json holds."""
     vqvae, tokenizer = load_tokenizer(args.out, device)
     data, codebook_id = tokenizer["data"], tokenizer["codebook_id"]
     tokens = load(args.out / "tokens.pt", "tokenizer.py", codebook_id=codebook_id)
     clusters = load_clusters(args.out, codebook_id)
-    wanted = MODEL_FILES if args.cfg_scales else SAMPLE_FILES
-    kinds = [kind for kind, file in wanted.items() if (args.out / file).exists()]
-    if not kinds:
-        script = "ar_model.py" if args.cfg_scales else "sample.py"
-        missing = " nor ".join(wanted.values())
-        fail(f"{args.out} has neither {missing}: run python {script} first")
-    models = {kind: load_models(args.out, kind, device)[:2] for kind in kinds}
-    N, files = args.num_samples, {}
-    if not args.cfg_scales:
-        for kind, (_, artifact) in models.items():
-            ids = {name: artifact[name] for name in ("codebook_id", "cluster_id")}
-            path = args.out / SAMPLE_FILES[kind]
-            script = "sample.py" if kind == "ctf" else "sample.py --model baseline"
-            files[kind] = load(path, script, **ids)
-        N = min(len(file["images"]) for file in files.values())
+    todo = contestants(args, device)
+    if not args.kept:  # now, so that what does not fit fails at once
+        todo = list(todo)
+        if not todo:
+            script = "ar_model.py" if args.cfg_scales else "sample.py"
+            fail(f"{args.out} has nothing to judge: run python {script} first")
     image_size = data["image_size"]
     images, labels, classes = load_images(data["name"], "train", image_size)
     test_images, test_labels, _ = load_images(data["name"], "test", image_size)
     if not torch.equal(test_labels, tokens["test_labels"]):
         fail(f"{data['name']} has changed since python tokenizer.py: run it again")
     # A Fréchet distance depends on N: only equal numbers can be compared.
-    N = min(N, len(images), len(test_images))
+    N = min(args.num_samples, len(images), len(test_images))
+    if not (args.cfg_scales or args.kept):
+        sizes = [len(file["images"]) for _, _, _, file in todo]
+        N = min(*sizes, len(images), len(test_images))
     if N < 2:
         fail("one image has no covariance: draw more samples")
 
@@ -418,8 +544,6 @@ def main(argv=None):
         swapped = reconstruct(vqvae, torch.from_numpy(swapped).to(device)).cpu()
         swaps[name] = measure(swapped, test_labels[:N], *instruments)
     judged = look(judge, test_images, device)[1].argmax(1)
-    accuracy = float((judged == test_labels.numpy()).mean())
-    quality = psnr(test_images, reconstructions)
     metrics = {
         "protocol": {
             "features": args.features,
@@ -432,40 +556,74 @@ def main(argv=None):
             "codebook_id": codebook_id,
             "cluster_id": clusters["cluster_id"],
         },
-        "judge": {"test_accuracy": accuracy},
+        "judge": {"test_accuracy": float((judged == test_labels.numpy()).mean())},
         "real": measure(images[:N], labels[:N], *instruments),
         "reconstruction": measure(reconstructions[:N], test_labels[:N], *instruments),
         "swap": swaps,
         "rows": [],
     }
-    metrics["reconstruction"]["psnr"] = quality
-    held_out = [t.to(device) for t in (fine, clusters["code_to_cluster"], test_labels)]
-    for kind, (parts, artifact) in models.items():
-        bits = bits_per_token(parts, *held_out)
-        networks = [part for name, part in parts.items() if name != "vqvae"]
+    metrics["reconstruction"]["psnr"] = psnr(test_images, reconstructions)
+    g = clusters["code_to_cluster"].to(device)
+    fine, y = fine.to(device), test_labels.to(device)
+    for kind, models, artifacts, file in todo:
+        networks = {name: part for name, part in models.items() if name != "vqvae"}
+        sizes = [p.numel() for part in networks.values() for p in part.parameters()]
+        bits = bits_per_token(models, fine, g, y)
         row = {
             "model": kind,
+            "step": artifacts["ar"]["step"],
+            "train_seconds": sum(artifacts[name]["seconds"] for name in networks),
+            "parameters": sum(sizes),
             "bits_per_token": sum(bits),
             "bits_per_stage": bits,
-            "parameters": sum(p.numel() for n in networks for p in n.parameters()),
         }
-        drawn = sample_sets(parts, artifact, files.get(kind), args, N, len(classes))
-        for facts, pictures, labels_wanted in drawn:
-            figures = measure(pictures, labels_wanted, *instruments)
+        for facts, pictures, wanted in sample_sets(models, file, args, N, len(classes)):
+            figures = measure(pictures, wanted, *instruments)
             metrics["rows"].append(row | facts | figures)
+        if kind == "ctf":  # what stage 2 alone costs: stage 1 made no mistake
+            drawn = stage2_alone(models, fine[:N], g, y[:N], args.seed)
+            metrics["stage2"] = measure(drawn, test_labels[:N], *instruments)
+    return metrics
+
+
+def main(argv=None):
+    parser = CommandLine(__doc__)
+    add, scale = parser.add_argument, at_least(0, float)
+    instead = "draw both models at these, in place of the sample files"
+    add("--cfg-scales", type=scale, nargs="+", help=instead)
+    add("--kept", action="store_true", help="the copies of --keep-every: convergence")
+    add("--mean-of", type=Path, nargs="+", metavar="OUT", help="average these runs")
+    add("--num-samples", type=at_least(2), default=2000, help="where images are drawn")
+    add("--batch-size", type=at_least(1), default=100, help="where images are drawn")
+    add("--features", choices=["classifier", "inception"], default="classifier")
+    add("--inception-weights", help="inception_v3_google-0cc3c7bd.pth, when offline")
+    add("--judge-steps", type=at_least(1), default=800, help="to train the classifier")
+    args = parser.parse_args(argv)
+    stem = "convergence" if args.kept else "metrics"
+    if args.mean_of:
+        if len(args.mean_of) < 2:
+            parser.error("--mean-of needs two folders or more")
+        metrics = mean_of_seeds([out / f"{stem}.json" for out in args.mean_of])
+    else:
+        metrics = judge_all(args, pick_device(args.device))
+    protocol = metrics["protocol"]
+    distance = "fid" if protocol["features"] == "inception" else "fd"
 
     print_table(metrics, distance)
-    print(f"\n{N} images of each kind against {len(test_images)} real test images.")
-    if args.features == "inception":
+    numbers = f"{protocol['num_samples']} images of each kind against "
+    print(f"\n{numbers}{protocol['num_real']} real test images.")
+    if distance == "fid":
         print(
             "FID: torchvision's Inception v3, not the TensorFlow graph of the papers."
         )
+    accuracy = metrics["judge"]["test_accuracy"]
     print(f"The judge is right on {accuracy:.2%} of the real test images.")
+    quality = metrics["reconstruction"]["psnr"]
     print(f"Reconstruction of all test images: {quality:.2f} dB.")
-    with replacing(args.out / "metrics.json") as temporary:
+    with replacing(args.out / f"{stem}.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
-    plot_metrics(args.out / "metrics.png", metrics, distance)
-    print(f"wrote metrics.json and metrics.png to {args.out}")
+    plot_metrics(args.out / f"{stem}.png", metrics, distance)
+    print(f"wrote {stem}.json and {stem}.png to {args.out}")
 
 
 if __name__ == "__main__":

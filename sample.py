@@ -38,27 +38,36 @@ from tokenizer import (
     to_uint8,
 )
 
+# Stage 1 and stage 2, if there is one.
+MODEL_FILES = {"ctf": ("coarse.pt", "fine.pt"), "baseline": ("baseline.pt",)}
 # How the AR model is sampled, and how the auxiliary model is ("fine").
 SETTINGS = {"cfg_scale": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 FINE_SETTINGS = {"cfg_scale": 1.0, "temperature": 1.0, "top_k": 0}
 
 
-def load_models(out, kind, device):
-    """The networks that draw images, in eval mode: vqvae, ar and (kind "ctf") aux.
+def load_models(out, files, device):
+    """The networks that draw images, in eval mode: vqvae, ar and (of CTF) aux.
 
-    kind: "ctf" or "baseline". Returns a ModuleDict, and the artifacts of the AR model
-    and of the tokenizer. Fails in one line if files do not belong together.
+    files: names in the folder out, as in MODEL_FILES. Returns a ModuleDict, and the
+    artifacts of its networks in a dict. Fails in one line if files do not belong
+    together.
     """
     vqvae, tokenizer = load_tokenizer(out, device)
-    codebook_id = tokenizer["codebook_id"]
-    if kind == "baseline":
-        ar, artifact = load_ar(out / "baseline.pt", device, codebook_id=codebook_id)
-        return nn.ModuleDict({"vqvae": vqvae, "ar": ar}), artifact, tokenizer
-    clusters = load_clusters(out, codebook_id)
-    ids = {name: clusters[name] for name in ("codebook_id", "cluster_id")}
-    ar, artifact = load_ar(out / "coarse.pt", device, **ids)
-    aux, _ = load_aux(out / "fine.pt", clusters["code_to_cluster"], device, **ids)
-    return nn.ModuleDict({"vqvae": vqvae, "ar": ar, "aux": aux}), artifact, tokenizer
+    models, artifacts = {"vqvae": vqvae}, {"vqvae": tokenizer}
+    ids = {"codebook_id": tokenizer["codebook_id"]}
+    if len(files) > 1:
+        clusters = load_clusters(out, **ids)
+        ids["cluster_id"] = clusters["cluster_id"]
+        g = clusters["code_to_cluster"]
+        models["aux"], artifacts["aux"] = load_aux(out / files[1], g, device, **ids)
+    models["ar"], artifacts["ar"] = load_ar(out / files[0], device, **ids)
+    return nn.ModuleDict(models), artifacts
+
+
+def training_of(artifacts):
+    """What the weights of ar (and aux) come from: their training flags and steps."""
+    stages = {name: artifacts[name] for name in artifacts if name != "vqvae"}
+    return {n: a["settings"] | {"step": a["step"]} for n, a in stages.items()}
 
 
 @torch.inference_mode()
@@ -143,8 +152,9 @@ def main(argv=None):
     parser.set_defaults(**{f"fine_{name}": v for name, v in FINE_SETTINGS.items()})
     args = parser.parse_args(argv)
     device = pick_device(args.device)
-    models, ar_artifact, tokenizer = load_models(args.out, args.model, device)
-    classes, name = tokenizer["data"]["classes"], tokenizer["data"]["name"]
+    models, artifacts = load_models(args.out, MODEL_FILES[args.model], device)
+    data = artifacts["vqvae"]["data"]
+    classes, name = data["classes"], data["name"]
     chosen = args.classes or list(range(len(classes)))
     if max(chosen) >= len(classes):
         fail(f"--classes {max(chosen)}: those of {name} are 0 to {len(classes) - 1}")
@@ -173,9 +183,9 @@ def main(argv=None):
         batch_size=args.batch_size,
         device=str(device),
         images_per_second=speed,
-        step=ar_artifact["step"],
-        codebook_id=ar_artifact["codebook_id"],
-        cluster_id=ar_artifact["cluster_id"],
+        training=training_of(artifacts),
+        codebook_id=artifacts["ar"]["codebook_id"],
+        cluster_id=artifacts["ar"]["cluster_id"],
     )
     title = {"ctf": "CTF", "baseline": "baseline"}[args.model]
     title = f"{title} samples of {Path(name).name}, guidance {args.cfg_scale:g}, seed {args.seed}"

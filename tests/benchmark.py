@@ -2,6 +2,8 @@
 
     python tests/benchmark.py
     python tests/benchmark.py --batch-sizes 64    # about a minute on two CPU cores
+    python tests/benchmark.py --sizes B L XL --codes 16384 --clusters 512 \\
+        --batch-sizes 1 --cfg-scales 1 --rounds 1      # the paper's sizes, 256 tokens
 
 All rivals run in one process, in turn, several rounds. Printed are medians and ratios
 of medians: absolute times differ from machine to machine, and from day to day.
@@ -10,6 +12,7 @@ of medians: absolute times differ from machine to machine, and from day to day.
 import argparse
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -22,6 +25,9 @@ from aux_model import AuxConfig, AuxModel, predict_fine
 from tokenizer import VQVAE, VQVAEConfig, pick_device, to_uint8
 
 CLASSES, GRID = 10, [8, 8]
+# Layers, dim, heads. The paper's auxiliary model always has the size of L.
+SIZES = {"default": (4, 128, 4), "default-aux": (2, 128, 4)}
+SIZES |= {"B": (12, 768, 12), "L": (24, 1024, 16), "XL": (36, 1280, 20)}
 
 
 def seconds(function, device):
@@ -36,8 +42,11 @@ def seconds(function, device):
 
 
 def race(rivals, rounds, device):
-    """Median seconds of each of rivals {name: function}, run in turn."""
-    for function in rivals.values():
+    """Median seconds of each of rivals {name: function}, run in turn.
+
+    All run once before that, to warm up, unless there is to be one round only.
+    """
+    for function in rivals.values() if rounds > 1 else []:
         function()
     times = {name: [] for name in rivals}
     for _ in range(rounds):
@@ -82,67 +91,67 @@ def compare_cache(rounds, device):
 
 
 @torch.inference_mode()
-def compare_models(K, M, batch_size, scale, rounds, device):
+def compare_models(size, K, M, batch_size, scale, rounds, device):
     """CTF against its baseline, both down to pixels; the parts of CTF one by one."""
-    coarse = random_weights(ARModel(ARConfig(M, CLASSES, GRID)), device)
-    baseline = random_weights(ARModel(ARConfig(K, CLASSES, GRID)), device)
-    config = AuxConfig(M, K, CLASSES, GRID)
+    aux_size = SIZES["default-aux" if size == "default" else "L"]
+    grid, pixels = (GRID, 32) if size == "default" else ([16, 16], 256)
+    coarse = random_weights(ARModel(ARConfig(M, CLASSES, grid, *SIZES[size])), device)
+    baseline = random_weights(ARModel(ARConfig(K, CLASSES, grid, *SIZES[size])), device)
+    config = AuxConfig(M, K, CLASSES, grid, *aux_size)
     aux = random_weights(AuxModel(config, torch.randint(M, (K,))), device)
-    vqvae = VQVAE(VQVAEConfig(codebook_size=K)).eval().to(device)
+    config = VQVAEConfig(pixels, pixels // grid[0], codebook_size=K)
+    vqvae = VQVAE(config).eval().to(device)
     labels = torch.arange(batch_size, device=device) % CLASSES
     generator = torch.Generator(device).manual_seed(0)
-    labels_of_all = torch.randint(M, (batch_size, 64), device=device)
-
-    def stage2():
-        return generate(coarse, labels, generator, scale)
-
-    def stage3():
-        return predict_fine(aux, labels_of_all, labels, generator)
-
-    def decode(fine):
-        return to_uint8(vqvae.decode(vqvae.codes(fine)))
-
-    codes = torch.randint(K, (batch_size, 64), device=device)
+    T = grid[0] * grid[1]
+    coarse_labels = torch.randint(M, (batch_size, T), device=device)
+    fine_labels = torch.randint(K, (batch_size, T), device=device)
+    # What CTF does is the last three, one after the other.
     rivals = {
-        "baseline": lambda: decode(generate(baseline, labels, generator, scale)),
-        "ctf": lambda: decode(predict_fine(aux, stage2(), labels, generator)),
-        "coarse": stage2,
-        "fine": stage3,
-        "decode": lambda: decode(codes),
+        "baseline": lambda: generate(baseline, labels, generator, scale),
+        "coarse": lambda: generate(coarse, labels, generator, scale),
+        "fine": lambda: predict_fine(aux, coarse_labels, labels, generator),
+        "decode": lambda: to_uint8(vqvae.decode(vqvae.codes(fine_labels))),
     }
     times = race(rivals, rounds, device)
-    speeds = {name: batch_size / times[name] for name in ("baseline", "ctf")}
-    parts = "".join(
-        f"{1000 * times[part]:9.1f}" for part in ("coarse", "fine", "decode")
+    slow = times["baseline"] + times["decode"]
+    fast = times["coarse"] + times["fine"] + times["decode"]
+    print(
+        f"{size:8}{K:7}{M:6}{batch_size:6}{scale:5g}{batch_size / slow:10.4g}"
+        f"{batch_size / fast:8.4g}{slow / fast:7.2f}",
+        *(f"{1000 * time:9.1f}" for time in times.values()),
     )
-    line = f"{K:6}{M:6}{batch_size:7}{scale:5g}{speeds['baseline']:10.0f}"
-    print(f"{line}{speeds['ctf']:8.0f}{speeds['ctf'] / speeds['baseline']:8.2f}{parts}")
 
 
 def main(argv=None):
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
+    sizes = ["default", "B", "L", "XL"]
+    add(
+        "--sizes", choices=sizes, nargs="+", default=["default"], help="of the AR model"
+    )
     add("--codes", type=int, nargs="+", default=[1024, 4096, 16384], help="K")
     add("--clusters", type=int, default=128, help="M")
     add("--batch-sizes", type=int, nargs="+", default=[16, 64, 256], help="images")
+    add("--cfg-scales", type=float, nargs="+", default=[1, 2], help="guidance; 1: off")
     add("--rounds", type=int, default=5, help="of which the median is taken")
     add("--device", default="auto")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     device = pick_device(args.device)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    print(f"{device}{threads}, torch {torch.__version__}; 4 layers, dim 128\n")
-    compare_cache(args.rounds, device)
-    print(f"{'':24}{'images/s':>18}{'':8}{'milliseconds per batch of CTF':>31}")
-    names = (
-        "     K     M  batch  CFG  baseline     ctf   ratio   coarse     fine   decode"
+    print(f"{device}{threads}, torch {torch.__version__}\n")
+    if "default" in args.sizes:
+        compare_cache(args.rounds, device)
+    print(f"{'':32}{'images/s':>18}{'':7}{'milliseconds per batch':>28}")
+    print(
+        f"{'size':8}{'K':>7}{'M':>6}{'batch':>6}{'CFG':>5}{'baseline':>10}{'CTF':>8}"
+        f"{'ratio':>7}{'baseline':>10}{'coarse':>10}{'fine':>10}{'decode':>10}"
     )
-    print(names)
-    for K in args.codes:
-        for batch_size in args.batch_sizes:
-            for scale in (1.0, 2.0):
-                compare_models(K, args.clusters, batch_size, scale, args.rounds, device)
+    settings = args.sizes, args.codes, args.batch_sizes, args.cfg_scales
+    for size, K, batch_size, scale in product(*settings):
+        compare_models(size, K, args.clusters, batch_size, scale, args.rounds, device)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def out(tmp_path, images):
 @pytest.fixture
 def trained(out):
     """out with coarse.pt, baseline.pt and fine.pt of random numbers as well."""
-    facts = IDS | {"step": 7}
+    facts = IDS | {"step": 7, "seconds": 1.5, "settings": IDS | {"steps": 7}}
     for name, vocabulary in (("coarse", M), ("baseline", K)):
         config = ar_model.ARConfig(vocabulary, CLASSES, [4, 4], 1, 16, 2)
         model = noisy(ar_model.ARModel(config))

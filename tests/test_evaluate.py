@@ -12,6 +12,7 @@ import sample
 from ar_model import next_token_loss
 from aux_model import fine_loss
 from evaluate import frechet_distance, inception_score, precision_recall
+from sample import MODEL_FILES
 from tests.conftest import K, M, error_of
 
 
@@ -150,8 +151,9 @@ def test_metrics_of_sample_files(trained, images, capsys):
     ctf, baseline = metrics["rows"]
     assert (ctf["model"], ctf["cfg_scale"], ctf["step"]) == ("ctf", 2.0, 7)
     assert baseline["model"] == "baseline"
+    assert (ctf["train_seconds"], baseline["train_seconds"]) == (3.0, 1.5)
 
-    models, _, _ = sample.load_models(trained, "ctf", torch.device("cpu"))
+    models, _ = sample.load_models(trained, MODEL_FILES["ctf"], torch.device("cpu"))
     tokens = torch.load(trained / "tokens.pt", weights_only=True)
     fine, labels, g = (
         tokens["test_fine"].long(),
@@ -161,13 +163,15 @@ def test_metrics_of_sample_files(trained, images, capsys):
     nats = next_token_loss(models["ar"], g[fine], labels).item()
     nats += fine_loss(models["aux"], fine, g, labels)[0].item()
     assert ctf["bits_per_token"] == pytest.approx(nats / math.log(2), rel=1e-5)
-    models, _, _ = sample.load_models(trained, "baseline", torch.device("cpu"))
+    models, _ = sample.load_models(
+        trained, MODEL_FILES["baseline"], torch.device("cpu")
+    )
     bits = next_token_loss(models["ar"], fine, labels).item() / math.log(2)
     assert baseline["bits_per_token"] == pytest.approx(bits, rel=1e-5)
 
     for row in (*metrics["rows"], metrics["real"], *metrics["swap"].values()):
         assert row["fd"] > 0 and 0 <= row["class_accuracy"] <= 1
-        assert 1 <= row["inception_score"][0] <= 3
+        assert 1 <= row["inception_score"] <= 3
     # The figures of the real images, computed from the judge that was kept.
     judge = evaluate.Classifier(3)
     kept = torch.load(trained / "classifier.pt", weights_only=True)
@@ -196,6 +200,90 @@ def test_metrics_at_several_guidance_scales(trained):
     assert rows == [("ctf", 1), ("ctf", 4), ("baseline", 1), ("baseline", 4)]
     assert metrics["rows"][0]["fd"] != metrics["rows"][1]["fd"]
     assert run(trained, *flags)["rows"][0]["fd"] == metrics["rows"][0]["fd"]
+
+
+def keep_copies(out, steps=(2, 4)):
+    """What --keep-every leaves: coarse-000002.pt and so on, each of other weights."""
+    for stem in ("coarse", "fine", "baseline"):
+        artifact = torch.load(out / f"{stem}.pt", weights_only=True)
+        for step in steps:
+            weights = {k: step / 4 * v for k, v in artifact["model"].items()}
+            facts = {"model": weights, "step": step, "seconds": step / 2}
+            torch.save(artifact | facts, out / f"{stem}-{step:06d}.pt")
+
+
+def test_kept_copies_are_judged_in_order(trained, capsys):
+    keep_copies(trained)
+    flags = ["--judge-steps", "20", "--num-samples", "16", "--cfg-scales", "2"]
+    evaluate.main(["--out", str(trained), "--kept", *flags])
+    assert not (trained / "metrics.json").exists()
+    rows = json.loads((trained / "convergence.json").read_text())["rows"]
+    facts = [(row["model"], row["step"], row["train_seconds"]) for row in rows]
+    assert facts[:2] == [("ctf", 2, 2.0), ("ctf", 4, 4.0)]  # of both stages
+    assert facts[2:] == [("baseline", 2, 1.0), ("baseline", 4, 2.0)]
+    # The copies of step 4 have the final weights, those of step 2 others.
+    final = run(trained, *flags)["rows"]
+    assert rows[1]["fd"] == final[0]["fd"] and rows[3]["fd"] == final[1]["fd"]
+    assert rows[0]["fd"] != final[0]["fd"] and rows[2]["fd"] != final[1]["fd"]
+    assert (trained / "convergence.png").stat().st_size > 1000
+
+    (trained / "fine-000002.pt").unlink()
+    command = "--out", trained, "--kept", *flags
+    code, message = error_of(capsys, evaluate.main, *command)
+    assert code == 1 and "as many copies of coarse.pt as of fine.pt" in message
+    keep_copies(trained)
+    copy = torch.load(trained / "coarse-000004.pt", weights_only=True)
+    torch.save(copy | {"settings": {"seed": 1}}, trained / "coarse-000004.pt")
+    code, message = error_of(capsys, evaluate.main, *command)
+    assert code == 1 and "coarse-000004.pt is of another run" in message
+
+
+def test_mean_of_seeds(trained, tmp_path, capsys):
+    metrics = run(trained, "--cfg-scales", "1", "3", "--num-samples", "16")
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder, factor in zip(folders, (1, 2, 6)):
+        changed = json.loads(json.dumps(metrics))
+        for row in changed["rows"]:
+            row["fd"] *= factor
+        folder.mkdir()
+        (folder / "metrics.json").write_text(json.dumps(changed))
+    capsys.readouterr()
+    means = run(tmp_path / "mean", "--mean-of", *map(str, folders))
+    fd, row = metrics["rows"][1]["fd"], means["rows"][1]
+    assert row["fd"] == pytest.approx(3 * fd)
+    # Of 1, 2, 6: the squared distances from 3 are 4, 1 and 9, over n - 1 = 2.
+    assert row["std"]["fd"] == pytest.approx(7**0.5 * fd)
+    assert row["std"]["recall"] == 0 and row["recall"] == metrics["rows"][1]["recall"]
+    assert f"{row['fd']:.2f} ± {row['std']['fd']:.2f}" in capsys.readouterr().out
+    assert means["swap"] == metrics["swap"]
+    assert means["protocol"]["training_seeds"] == 3
+
+    other = json.loads((folders[1] / "metrics.json").read_text())
+    other["rows"][0]["cfg_scale"] = 1.5
+    (folders[1] / "metrics.json").write_text(json.dumps(other))
+    command = "--out", tmp_path / "mean", "--mean-of", *folders
+    code, message = error_of(capsys, evaluate.main, *command)
+    assert code == 1 and "differ in models, steps, guidance" in message
+    (folders[1] / "metrics.json").write_text("{")
+    code, message = error_of(capsys, evaluate.main, *command)
+    assert code == 1 and "b/metrics.json" in message
+    (folders[1] / "metrics.json").unlink()
+    assert error_of(capsys, evaluate.main, *command)[0] == 1
+    assert error_of(capsys, evaluate.main, "--mean-of", folders[0])[0] == 2
+
+
+def test_stage_2_alone_starts_from_the_real_coarse_labels(trained, monkeypatch):
+    models, _ = sample.load_models(trained, MODEL_FILES["ctf"], torch.device("cpu"))
+    fine, seen = torch.randint(K, (130, 16)), []
+
+    def reconstruct(_, drawn):
+        seen.append(drawn)
+        return drawn
+
+    monkeypatch.setattr(evaluate, "reconstruct", reconstruct)
+    g, labels = torch.arange(K) % M, torch.arange(130) % 3
+    drawn = evaluate.stage2_alone(models, fine, g, labels, 0)
+    assert torch.equal(g[drawn], g[fine]) and not torch.equal(drawn, fine)
 
 
 def test_data_that_changed_is_refused(trained, images, capsys):
@@ -229,14 +317,13 @@ def test_what_cannot_be_judged_is_refused(trained, capsys):
     code, message = error_of(capsys, evaluate.main, "--out", trained)
     assert code == 1 and "draw more samples" in message
     sample.main(["--out", str(trained), "--num-samples", "16"])
-    samples = torch.load(trained / "samples.pt", weights_only=True)
-    torch.save(samples | {"cluster_id": "others"}, trained / "samples.pt")
+    # Stage 2 is trained again, with another seed: the samples are not its own.
+    fine = torch.load(trained / "fine.pt", weights_only=True)
+    other = fine | {"settings": fine["settings"] | {"seed": 1}}
+    torch.save(other, trained / "fine.pt")
     code, message = error_of(capsys, evaluate.main, "--out", trained)
-    assert code == 1 and "samples.pt belongs to another cluster" in message
-    torch.save(samples | {"step": 3}, trained / "samples.pt")
-    code, message = error_of(capsys, evaluate.main, "--out", trained)
-    assert code == 1 and "of step 3, which is now at step 7" in message
-    torch.save(samples, trained / "samples.pt")
+    assert code == 1 and "samples.pt is of other weights: run python sample" in message
+    torch.save(fine, trained / "fine.pt")
     flags = "--features", "inception", "--inception-weights", trained / "nothing.pth"
     base = "--out", trained, "--judge-steps", 2
     code, message = error_of(capsys, evaluate.main, *base, *flags)

@@ -47,7 +47,7 @@ def test_from_images_to_metrics(tmp_path, images):
     run(tmp_path, "aux_model.py", *few, *SIZES)
     run(tmp_path, "sample.py", "--num-samples", "12", "--npz")
     done = run(tmp_path, "evaluate.py", "--judge-steps", "3")
-    assert "ctf samples" in done.stdout
+    assert "CTF samples" in done.stdout
 
     out = tmp_path / "out"
     stems = ["tokenizer", "clusters", "coarse", "fine", "samples", "metrics"]

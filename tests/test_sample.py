@@ -6,7 +6,7 @@ from PIL import Image
 import sample
 from ar_model import generate
 from aux_model import predict_fine
-from sample import FINE_SETTINGS, SETTINGS
+from sample import FINE_SETTINGS, MODEL_FILES, SETTINGS
 from tests.conftest import K, M, T, error_of
 
 G = torch.arange(K) % M
@@ -18,7 +18,7 @@ def draw(out, *flags, name="samples.pt"):
 
 
 def test_coarse_then_fine_then_pixels(trained):
-    models, _, _ = sample.load_models(trained, "ctf", torch.device("cpu"))
+    models, _ = sample.load_models(trained, MODEL_FILES["ctf"], torch.device("cpu"))
     labels = torch.tensor([0, 2, 1, 1])
     generator = torch.Generator().manual_seed(3)
     settings = SETTINGS | {"cfg_scale": 2.0, "top_k": 3}
@@ -47,7 +47,8 @@ def test_samples_file_holds_what_was_drawn(trained):
     assert samples["coarse"].shape == samples["fine"].shape == (6, T)
     assert torch.equal(G[samples["fine"]], samples["coarse"])
     assert samples["settings"] == SETTINGS and samples["fine_settings"] == FINE_SETTINGS
-    assert samples["step"] == 7 and samples["images_per_second"] > 0
+    assert samples["training"]["ar"]["step"] == samples["training"]["aux"]["step"] == 7
+    assert samples["images_per_second"] > 0
     assert samples["cluster_id"] == "the-clusters"
     assert (trained / "samples.png").stat().st_size > 1000
 
@@ -60,7 +61,7 @@ def test_seeds_decide_the_images(trained):
 
 
 def test_batches_are_drawn_one_after_the_other(trained):
-    models, _, _ = sample.load_models(trained, "ctf", torch.device("cpu"))
+    models, _ = sample.load_models(trained, MODEL_FILES["ctf"], torch.device("cpu"))
     labels, settings = torch.tensor([0, 1, 2, 2, 1]), (SETTINGS, FINE_SETTINGS)
     images, coarse, fine, _ = sample.sample_batches(models, labels, 4, *settings, 2)
     generator = torch.Generator().manual_seed(4)
@@ -104,7 +105,9 @@ def test_top_k_above_the_vocabulary_means_all(trained):
 
 def test_the_baseline_draws_fine_labels_directly(trained):
     samples = draw(trained, "--model", "baseline", name="samples-baseline.pt")
-    models, _, _ = sample.load_models(trained, "baseline", torch.device("cpu"))
+    models, _ = sample.load_models(
+        trained, MODEL_FILES["baseline"], torch.device("cpu")
+    )
     generator = torch.Generator().manual_seed(0)
     wanted = generate(models["ar"], samples["labels"], generator, **SETTINGS)
     assert torch.equal(samples["fine"], wanted) and samples["coarse"] is None
