@@ -12,6 +12,7 @@ samples.pt and samples.png (samples-baseline.pt and .png). About 200 images/s on
 cores.
 """
 
+import math
 import time
 from pathlib import Path
 
@@ -24,14 +25,17 @@ from tqdm import tqdm
 
 from ar_model import generate, load_ar
 from aux_model import load_aux, predict_fine
-from cluster import load_clusters
+from cluster import load_clusters, random_clusters, swap_within_clusters
 from tokenizer import (
     CommandLine,
     at_least,
     autocast,
     fail,
+    load,
+    load_images,
     load_tokenizer,
     pick_device,
+    reconstruct,
     replacing,
     save,
     save_figure,
@@ -129,6 +133,73 @@ def plot_samples(path, title, images, labels, classes):
     save_figure(path, figure)
 
 
+def entropy(logits):
+    """Bits (...,) of the choice among softmax(logits) (..., V); -inf is no choice."""
+    return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1) / math.log(2)
+
+
+@torch.inference_mode()
+def decode_prefix(vqvae, fine, n):
+    """Fine labels (B, T) -> images uint8 (B, H, W, 3) in which only the first n tokens
+    are known: the others hold a code of zeros, which is none of the codebook."""
+    codes = vqvae.codes(fine).flatten(2)  # (B, d, T)
+    codes[:, :, n:] = 0
+    return to_uint8(vqvae.decode(codes.unflatten(2, vqvae.grid)))
+
+
+@torch.inference_mode()
+def plot_anatomy(path, models, g, labels, fine, originals, seed):
+    """anatomy.png: what every stage knows of a few images, two rows of panels for each.
+
+    models of CTF; g int64 (K,), the fine to the coarse labels; class labels (n,); fine
+    labels (n, T), all on one device; originals: n images uint8 (H, W, 3) with a title.
+    """
+    vqvae, grid, coarse = models["vqvae"], models["vqvae"].grid, g[fine]  # (n, T)
+    K, M, T = len(g), len(models["aux"].sizes), fine.shape[1]
+    # Colours in which similar codes look alike: their ranks along the three directions
+    # in which the codebook varies most. A cluster has the mean colour of its codes.
+    centred = vqvae.codebook - vqvae.codebook.mean(dim=0)
+    directions = torch.linalg.svd(centred, full_matrices=False).Vh[:3]
+    color = (centred @ directions.T).argsort(dim=0).argsort(dim=0) / K  # (K, rgb)
+    mean_color = torch.zeros(M, 3, device=g.device).index_add_(0, g, color)
+    mean_color /= g.bincount(minlength=M)[:, None]
+    logits = models["ar"](labels, coarse[:, :-1]), models["aux"](coarse, labels)
+    bits = [entropy(x) for x in logits]  # (n, T) of each stage
+    swapped = [
+        swap_within_clusters(fine.cpu().numpy(), clustering, rng)
+        for rng in [np.random.default_rng(seed)]
+        for clustering in (g.cpu().numpy(), random_clusters(g.cpu().numpy(), rng))
+    ]
+    figure = Figure(figsize=(13, 4.8 * len(fine)), layout="constrained")
+    figure.suptitle(f"{T} tokens, each one of K = {K} codes in M = {M} clusters")
+    parts = figure.subfigures(len(fine), 1, squeeze=False)[:, 0]
+    for i, (part, (title, original)) in enumerate(zip(parts, originals)):
+        part.suptitle(title)
+        axes = part.subplots(2, 6)
+        for ax in axes.flat:
+            ax.set(xticks=[], yticks=[], frame_on=False)
+        axes[0, 0].imshow(original)
+        axes[0, 0].set_title("the image")
+        axes[0, 1].imshow(color[fine[i]].view(*grid, 3).cpu())
+        axes[0, 1].set_title("fine labels")
+        axes[0, 2].imshow(mean_color[coarse[i]].view(*grid, 3).cpu())
+        axes[0, 2].set_title("coarse labels")
+        for ax, values, stage in zip(axes[0, 3:5], bits, (1, 2)):
+            shown = ax.imshow(values[i].view(grid).cpu(), vmin=0, vmax=math.log2(M))
+            ax.set_title(f"entropy of stage {stage}\nmean {values[i].mean():.1f} bits")
+        part.colorbar(shown, ax=axes[0, 5], label="entropy, bits", location="left")
+        shares = "a quarter", "half", "three quarters", "all"
+        for quarters, (ax, share) in enumerate(zip(axes[1], shares), start=1):
+            picture = decode_prefix(vqvae, fine[i : i + 1], quarters * T // 4)
+            ax.imshow(picture[0].cpu())
+            ax.set_title(f"after {share} of\nthe coarse labels")
+        for ax, name, tokens in zip(axes[1, 4:], ("k-means", "random"), swapped):
+            tokens = torch.from_numpy(tokens[i : i + 1]).to(g.device)
+            ax.imshow(reconstruct(vqvae, tokens)[0].cpu())
+            ax.set_title(f"swapped within\n{name} clusters")
+    save_figure(path, figure)
+
+
 def main(argv=None):
     parser = CommandLine(__doc__)
     add, positive = parser.add_argument, at_least(1e-3, float)
@@ -148,9 +219,12 @@ def main(argv=None):
     add("--fine-temperature", type=positive, help="of stage 2")
     add("--fine-top-k", type=at_least(0), help="of stage 2; 0: off")
     add("--npz", action="store_true", help="also write samples.npz and a PNG folder")
+    add("--anatomy", action="store_true", help="also draw anatomy.png, stage by stage")
     parser.set_defaults(**SETTINGS)
     parser.set_defaults(**{f"fine_{name}": v for name, v in FINE_SETTINGS.items()})
     args = parser.parse_args(argv)
+    if args.anatomy and args.model == "baseline":
+        parser.error("--anatomy shows both stages, and the baseline has one")
     device = pick_device(args.device)
     models, artifacts = load_models(args.out, MODEL_FILES[args.model], device)
     data = artifacts["vqvae"]["data"]
@@ -190,6 +264,23 @@ def main(argv=None):
     title = {"ctf": "CTF", "baseline": "baseline"}[args.model]
     title = f"{title} samples of {Path(name).name}, guidance {args.cfg_scale:g}, seed {args.seed}"
     plot_samples(args.out / f"{stem}.png", title, images, labels, classes)
+    if args.anatomy:
+        ids = {"codebook_id": artifacts["vqvae"]["codebook_id"]}
+        tokens = load(args.out / "tokens.pt", "tokenizer.py", **ids)
+        real, names, _ = load_images(name, "test", data["image_size"])
+        i = (names == labels[0]).nonzero()[0, 0]  # of the class of the first sample
+        class_name = classes[labels[0]]
+        titled = [(f"A real image of class {class_name}", real[i].numpy())]
+        titled += [(f"A sample of class {class_name}", images[0].numpy())]
+        plot_anatomy(
+            args.out / "anatomy.png",
+            models,
+            load_clusters(args.out, **ids)["code_to_cluster"].to(device),
+            labels[[0, 0]].to(device),
+            torch.stack([tokens["test_fine"][i].long(), fine[0]]).to(device),
+            titled,
+            args.seed,
+        )
     if args.npz:
         path = args.out / f"{stem}.npz"
         with replacing(path) as temporary, open(temporary, "wb") as file:

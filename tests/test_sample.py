@@ -8,6 +8,7 @@ from ar_model import generate
 from aux_model import predict_fine
 from sample import FINE_SETTINGS, MODEL_FILES, SETTINGS
 from tests.conftest import K, M, T, error_of
+from tokenizer import reconstruct, to_uint8
 
 G = torch.arange(K) % M
 
@@ -121,6 +122,30 @@ def test_npz_and_png_hold_the_same_images(trained):
     for i in range(6):
         with Image.open(trained / "samples" / f"{i:06d}.png") as file:
             assert (np.array(file) == images[i]).all()
+
+
+def test_entropy_in_bits():
+    p = torch.tensor([0.5, 0.25, 0.25, 0.0])  # 0.5 * 1 + 2 * 0.25 * 2 bits
+    logits = torch.stack([p.log(), torch.zeros(4)])  # and four alike
+    assert torch.allclose(sample.entropy(logits), torch.tensor([1.5, 2.0]))
+
+
+def test_tokens_not_yet_reached_hold_a_zero_code(trained):
+    models, _ = sample.load_models(trained, MODEL_FILES["ctf"], torch.device("cpu"))
+    vqvae, fine = models["vqvae"], torch.randint(K, (2, T))
+    codes = vqvae.codebook[fine].view(2, 4, 4, 8).permute(0, 3, 1, 2).clone()
+    codes[:, :, 1, 2:], codes[:, :, 2:] = 0, 0  # row by row: 4 + 2 tokens are known
+    with torch.no_grad():
+        wanted = to_uint8(vqvae.decode(codes))
+    assert torch.equal(sample.decode_prefix(vqvae, fine, 6), wanted)
+    assert torch.equal(sample.decode_prefix(vqvae, fine, T), reconstruct(vqvae, fine))
+
+
+def test_anatomy_is_drawn(trained, capsys):
+    draw(trained, "--anatomy", "--classes", "2")
+    assert (trained / "anatomy.png").stat().st_size > 10_000
+    flags = "--anatomy", "--model", "baseline"
+    assert error_of(capsys, sample.main, "--out", trained, *flags)[0] == 2
 
 
 def test_what_cannot_be_sampled_is_refused(trained, capsys):
