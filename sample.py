@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
@@ -160,16 +161,18 @@ def plot_anatomy(path, models, g, labels, fine, originals, seed):
     # in which the codebook varies most. A cluster has the mean colour of its codes.
     centred = vqvae.codebook - vqvae.codebook.mean(dim=0)
     directions = torch.linalg.svd(centred, full_matrices=False).Vh[:3]
-    color = (centred @ directions.T).argsort(dim=0).argsort(dim=0) / K  # (K, rgb)
+    color = (centred @ directions.T).argsort(dim=0).argsort(dim=0) / K
+    color = F.pad(color, (0, 3 - color.shape[1]))  # (K, rgb), if d is only 2 as well
     mean_color = torch.zeros(M, 3, device=g.device).index_add_(0, g, color)
     mean_color /= g.bincount(minlength=M)[:, None]
     logits = models["ar"](labels, coarse[:, :-1]), models["aux"](coarse, labels)
     bits = [entropy(x) for x in logits]  # (n, T) of each stage
-    swapped = [
-        swap_within_clusters(fine.cpu().numpy(), clustering, rng)
-        for rng in [np.random.default_rng(seed)]
-        for clustering in (g.cpu().numpy(), random_clusters(g.cpu().numpy(), rng))
-    ]
+    rng, g_array = np.random.default_rng(seed), g.cpu().numpy()
+    clusterings = {"its own": g_array, "random": random_clusters(g_array, rng)}
+    swapped = {
+        name: swap_within_clusters(fine.cpu().numpy(), clustering, rng)
+        for name, clustering in clusterings.items()
+    }
     figure = Figure(figsize=(13, 4.8 * len(fine)), layout="constrained")
     figure.suptitle(f"{T} tokens, each one of K = {K} codes in M = {M} clusters")
     parts = figure.subfigures(len(fine), 1, squeeze=False)[:, 0]
@@ -180,22 +183,24 @@ def plot_anatomy(path, models, g, labels, fine, originals, seed):
             ax.set(xticks=[], yticks=[], frame_on=False)
         axes[0, 0].imshow(original)
         axes[0, 0].set_title("the image")
-        axes[0, 1].imshow(color[fine[i]].view(*grid, 3).cpu())
+        axes[0, 1].imshow(color[fine[i]].view(*grid, 3).cpu().numpy())
         axes[0, 1].set_title("fine labels")
-        axes[0, 2].imshow(mean_color[coarse[i]].view(*grid, 3).cpu())
+        axes[0, 2].imshow(mean_color[coarse[i]].view(*grid, 3).cpu().numpy())
         axes[0, 2].set_title("coarse labels")
         for ax, values, stage in zip(axes[0, 3:5], bits, (1, 2)):
-            shown = ax.imshow(values[i].view(grid).cpu(), vmin=0, vmax=math.log2(M))
+            shown = ax.imshow(
+                values[i].view(grid).cpu().numpy(), vmin=0, vmax=math.log2(M)
+            )
             ax.set_title(f"entropy of stage {stage}\nmean {values[i].mean():.1f} bits")
         part.colorbar(shown, ax=axes[0, 5], label="entropy, bits", location="left")
         shares = "a quarter", "half", "three quarters", "all"
         for quarters, (ax, share) in enumerate(zip(axes[1], shares), start=1):
             picture = decode_prefix(vqvae, fine[i : i + 1], quarters * T // 4)
-            ax.imshow(picture[0].cpu())
+            ax.imshow(picture[0].cpu().numpy())
             ax.set_title(f"after {share} of\nthe coarse labels")
-        for ax, name, tokens in zip(axes[1, 4:], ("k-means", "random"), swapped):
+        for ax, (name, tokens) in zip(axes[1, 4:], swapped.items()):
             tokens = torch.from_numpy(tokens[i : i + 1]).to(g.device)
-            ax.imshow(reconstruct(vqvae, tokens)[0].cpu())
+            ax.imshow(reconstruct(vqvae, tokens)[0].cpu().numpy())
             ax.set_title(f"swapped within\n{name} clusters")
     save_figure(path, figure)
 
