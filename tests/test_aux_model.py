@@ -11,6 +11,21 @@ TINY = [*SIZES, "--batch-size", "4", "--save-every", "100"]
 G = torch.tensor([2, 0, 1, 1, 0, 1, 2, 1, 1, 3])  # 10 codes in clusters of 2, 5, 2, 1
 
 
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+    """What is done to logits has tests of its own, those of ar_model.py."""
+
+    def filter_logits(logits, top_k):
+        rank = logits.argsort(descending=True).argsort()
+        return logits.masked_fill(rank >= (top_k or rank.shape[-1]), -math.inf)
+
+    def guide(cond, uncond, scale):
+        return scale * cond + (1 - scale) * uncond
+
+    monkeypatch.setattr(aux_model, "filter_logits", filter_logits)
+    monkeypatch.setattr(aux_model, "guide", guide)
+
+
 @pytest.fixture
 def model():
     config = AuxConfig(4, 10, 3, [3, 4], layers=2, dim=32, heads=4)
