@@ -37,6 +37,7 @@ from tokenizer import (
     load,
     load_weights,
     pick_device,
+    run_script,
     save_checkpoint,
     save_figure,
     start_or_resume,
@@ -395,4 +396,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

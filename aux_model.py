@@ -47,6 +47,7 @@ from tokenizer import (
     load,
     load_weights,
     pick_device,
+    run_script,
     save_checkpoint,
     start_or_resume,
     training_settings,
@@ -276,4 +277,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -30,6 +30,7 @@ from tokenizer import (
     load_tokenizer,
     pick_device,
     reconstruct,
+    run_script,
     save,
     save_figure,
     short_hash,
@@ -210,4 +211,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

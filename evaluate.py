@@ -55,6 +55,7 @@ from tokenizer import (
     reason,
     reconstruct,
     replacing,
+    run_script,
     save,
     save_figure,
     short_hash,
@@ -503,7 +504,10 @@ def judge_all(args, device):
     tokens = load(args.out / "tokens.pt", "tokenizer.py", codebook_id=codebook_id)
     clusters = load_clusters(args.out, codebook_id)
     todo = contestants(args, device)
-    if not args.kept:  # now, so that what does not fit fails at once
+    if args.kept:
+        if not any(checkpoints(args.out, kind, kept=True) for kind in MODEL_FILES):
+            fail(f"{args.out} has no copies: train with --keep-every")
+    else:  # now, so that what does not fit fails at once
         todo = list(todo)
         if not todo:
             script = "ar_model.py" if args.cfg_scales else "sample.py"
@@ -627,4 +631,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

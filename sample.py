@@ -38,6 +38,7 @@ from tokenizer import (
     pick_device,
     reconstruct,
     replacing,
+    run_script,
     save,
     save_figure,
     to_uint8,
@@ -299,4 +300,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -246,6 +246,15 @@ def leave(step):
     raise SystemExit(130)
 
 
+def run_script(main):
+    """Call main() of a script; Ctrl-C outside of a training loop is no traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def finite(loss, step, path):
     """The loss as a float; ends the program if it is nan or infinite."""
     value = loss.item()
@@ -746,4 +755,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

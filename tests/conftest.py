@@ -53,6 +53,7 @@ def out(tmp_path, images):
         model=model.state_dict(),
         config=vars(config),
         data=data,
+        settings={"steps": 7},
     )
     write(
         "tokens.pt",

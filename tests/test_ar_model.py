@@ -292,14 +292,3 @@ def test_kept_copies_and_refused_resumes(out, capsys):
         capsys, ar_model.main, *command, "--labels", "fine", "--resume"
     )
     assert code == 1 and "baseline.pt is missing" in message
-
-
-def test_artifacts_that_do_not_fit_are_refused(out, capsys):
-    clusters = torch.load(out / "clusters.pt", weights_only=True)
-    torch.save(clusters | {"codebook_id": "another"}, out / "clusters.pt")
-    code, message = error_of(capsys, ar_model.main, "--out", out, *TINY)
-    assert code == 1 and "another codebook" in message and "cluster.py" in message
-    (out / "clusters.pt").unlink()
-    code, message = error_of(capsys, ar_model.main, "--out", out, *TINY)
-    assert code == 1 and "run python cluster.py first" in message
-    assert error_of(capsys, ar_model.main, "--out", out, "--dim", 30)[0] == 2

@@ -207,13 +207,6 @@ def test_it_learns_fine_labels_that_the_neighbours_determine():
     assert right > 0.95
 
 
-def test_clusters_of_another_codebook_are_refused(out, capsys):
-    clusters = torch.load(out / "clusters.pt", weights_only=True)
-    torch.save(clusters | {"codebook_id": "another"}, out / "clusters.pt")
-    code, message = error_of(capsys, aux_model.main, "--out", out, *TINY)
-    assert code == 1 and "another codebook" in message and "cluster.py" in message
-
-
 def test_other_clusters_make_a_resume_fail(out, capsys):
     command = [*TINY, "--out", out, "--steps", 2]
     aux_model.main([str(a) for a in command])

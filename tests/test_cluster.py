@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 import cluster
 import tokenizer
 from cluster import kmeans, swap_within_clusters
-from tests.conftest import K, error_of
+from tests.conftest import K
 
 
 @pytest.fixture
@@ -138,17 +138,3 @@ def test_clusters_change_their_name_with_their_content(out):
         )
         names.add(cluster.load_clusters(out, "the-codebook")["cluster_id"])
     assert len(names) == 3
-
-
-def test_more_clusters_than_codes_are_refused(out, capsys):
-    before = (out / "clusters.pt").read_bytes()
-    code, message = error_of(capsys, cluster.main, "--out", out, "--clusters", K + 1)
-    assert code == 1 and f"--clusters {K + 1} is more than the {K} codes" in message
-    assert (out / "clusters.pt").read_bytes() == before
-
-
-def test_tokens_of_another_codebook_are_refused(out, capsys):
-    tokens = torch.load(out / "tokens.pt", weights_only=True)
-    torch.save(tokens | {"codebook_id": "another"}, out / "tokens.pt")
-    code, message = error_of(capsys, cluster.main, "--out", out)
-    assert code == 1 and "another codebook" in message and "tokenizer.py" in message

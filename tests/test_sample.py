@@ -177,19 +177,3 @@ def test_anatomy_is_drawn(trained, capsys, monkeypatch):
     assert (trained / "anatomy.png").stat().st_size > 10_000
     flags = "--anatomy", "--model", "baseline"
     assert error_of(capsys, sample.main, "--out", trained, *flags)[0] == 2
-
-
-def test_what_cannot_be_sampled_is_refused(trained, capsys):
-    code, message = error_of(capsys, sample.main, "--out", trained, "--classes", 0, 3)
-    assert code == 1 and "--classes 3: those of" in message and "0 to 2" in message
-    for flags in (["--temperature", 0], ["--cfg-scale", "inf"], ["--classes", -1]):
-        assert error_of(capsys, sample.main, "--out", trained, *flags)[0] == 2
-    fine = torch.load(trained / "fine.pt", weights_only=True)
-    torch.save(fine | {"cluster_id": "others"}, trained / "fine.pt")
-    code, message = error_of(capsys, sample.main, "--out", trained)
-    assert code == 1 and "another cluster" in message and "aux_model.py" in message
-    (trained / "baseline.pt").unlink()
-    command = "--out", trained, "--model", "baseline"
-    code, message = error_of(capsys, sample.main, *command)
-    assert code == 1 and "run python ar_model.py --labels fine first" in message
-    assert not (trained / "samples.pt").exists()

@@ -304,27 +304,6 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_file(
     assert not (tmp_path / "tokens.pt").exists()
 
 
-def test_bad_data_is_refused_in_one_line(images, tmp_path, capsys):
-    def message(data, *flags):
-        base = "--data", data, "--out", tmp_path / "out", *TINY
-        code, text = error_of(capsys, tokenizer.main, *base, *flags)
-        assert code == 1 and not any((tmp_path / "out").iterdir())
-        return text
-
-    assert "nowhere" in message(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    assert "class folders" in message(tmp_path / "empty")
-    (tmp_path / "few" / "ant").mkdir(parents=True)
-    Image.new("RGB", (16, 16)).save(tmp_path / "few" / "ant" / "0.png")
-    assert "too few images" in message(tmp_path / "few")
-    assert "fewer than --image-size 64" in message(images, "--image-size", 64)
-    broken = images / "test" / "bee" / "3.png"
-    broken.write_bytes(broken.read_bytes()[:100])
-    assert f"{broken} is no readable image" in message(images)
-    broken.write_text("some text")
-    assert f"{broken} is no readable image" in message(images)
-
-
 def test_a_dataset_that_cannot_be_downloaded(tmp_path, capsys, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no route to host")
@@ -335,22 +314,3 @@ def test_a_dataset_that_cannot_be_downloaded(tmp_path, capsys, monkeypatch):
     assert (
         code == 1 and str(tmp_path / "data") in message and "--data glyphs" in message
     )
-
-
-def test_a_folder_that_cannot_be_written_is_found_out_before_training(
-    images, tmp_path, capsys
-):
-    (tmp_path / "file").write_text("in the way")
-    command = "--data", images, "--out", tmp_path / "file", *TINY
-    code, message = error_of(capsys, tokenizer.main, *command)
-    assert code == 1 and str(tmp_path / "file") in message
-
-
-def test_impossible_flags_are_usage_errors(capsys):
-    for flags in (
-        ["--steps", "0"],
-        ["--image-size", "30"],
-        ["--lr", "nan"],
-        ["--x", "1"],
-    ):
-        assert error_of(capsys, tokenizer.main, *flags)[0] == 2
