@@ -300,52 +300,58 @@ def draw_lines(ax, rows, x, y, note=None):
     ax.legend()
 
 
+def describe(protocol):
+    """What all figures of a run have in common, for the title of a picture."""
+    data, seeds = Path(protocol["data"]).name, protocol.get("training_seeds")
+    text = f"{protocol['num_samples']} images of each kind against "
+    text += f"{protocol['num_real']} real test images of {data} "
+    text += f"(features: {protocol['features']})"
+    return text + (f"\nmean and standard deviation of {seeds} runs" if seeds else "")
+
+
+def plot_convergence(path, metrics, distance):
+    """convergence.png: distance and Inception Score of the kept copies over training
+    steps and over seconds (the paper's figure 2)."""
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    figure.suptitle(describe(metrics["protocol"]))
+    axes, best = figure.subplots(2, 2), best_rows(metrics["rows"], distance)
+    for row_axes, y in zip(axes, (distance, "inception_score")):
+        for ax, x in zip(row_axes, ("step", "train_seconds")):
+            draw_lines(ax, best, x, y)
+    axes[0, 0].set(ylabel=f"{distance.upper()} (log scale): lower is better")
+    for ax in axes[0]:
+        ax.set_yscale("log")
+    axes[1, 0].set(ylabel=IS_LABEL, xlabel="training steps (CTF: of stage 1)")
+    axes[1, 1].set_xlabel("training seconds (CTF: of both stages)")
+    save_figure(path, figure)
+
+
 def plot_metrics(path, metrics, distance):
-    """metrics.png: distance and class accuracy of each set; of several guidance scales,
-    each model's best, and the trade-offs as curves. Of the kept copies
-    (convergence.png): distance and Inception Score over steps and over seconds."""
-    protocol, name = metrics["protocol"], distance.upper()
+    """metrics.png: distance and class accuracy of each set of images; of several
+    guidance scales, those of each model's best, and the trade-offs as curves."""
     rows, best = metrics["rows"], best_rows(metrics["rows"], distance)
-    title = f"{protocol['num_samples']} images of each kind against "
-    title += f"{protocol['num_real']} real test images of {Path(protocol['data']).name}"
-    title += f" (features: {protocol['features']})"
-    if "training_seeds" in protocol:
-        title += f"\nmean and standard deviation of {protocol['training_seeds']} runs"
-    if path.stem == "convergence":
-        figure = Figure(figsize=(12, 7.5), layout="constrained")
-        axes = figure.subplots(2, 2)
-        for row_axes, y in zip(axes, (distance, "inception_score")):
-            for ax, x in zip(row_axes, ("step", "train_seconds")):
-                draw_lines(ax, best, x, y)
-        axes[0, 0].set(ylabel=f"{name} (log scale): lower is better", yscale="log")
-        axes[0, 1].set(yscale="log")
-        axes[1, 0].set(ylabel=IS_LABEL, xlabel="training steps (CTF: of stage 1)")
-        axes[1, 1].set(xlabel="training seconds (CTF: of both stages)")
-    else:
-        curves = len(rows) > len(best)
-        figure = Figure(figsize=(12, 8 if curves else 4.2), layout="constrained")
-        axes = figure.subplots(1 + curves, 2, squeeze=False)
-        sets = named_sets(metrics | {"rows": best})
-        names, colors, figures = zip(*sets)
-        keys = (distance, "class_accuracy")
-        for ax, key, factor in zip(axes[0], keys, (1, 100)):
-            values = [factor * row[key] for row in figures]
-            bars = ax.barh(names, values, color=colors, log=key == distance)
-            ax.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
-            ax.invert_yaxis()
-            ax.margins(x=0.2)
-        axes[0, 0].set_xlabel(f"{name} (log scale): lower is better")
-        axes[0, 1].set_xlabel("seen as its class by the judge, %: higher is better")
-        axes[0, 1].set(yticklabels=[], xlim=(0, 119), xticks=range(0, 101, 20))
-        if curves:
-            draw_lines(axes[1, 0], rows, "inception_score", distance, "cfg_scale")
-            draw_lines(axes[1, 1], rows, "recall", "precision", "cfg_scale")
-            axes[1, 0].set(xlabel=IS_LABEL, yscale="log")
-            axes[1, 0].set_ylabel(f"{name} (log scale): lower is better")
-            axes[1, 1].set(xlabel="recall", ylabel="precision")
-            for ax in axes[1]:
-                ax.set_title("numbers: guidance scale")
-    figure.suptitle(title)
+    several = len(rows) > len(best)
+    figure = Figure(figsize=(12, 8 if several else 4.2), layout="constrained")
+    figure.suptitle(describe(metrics["protocol"]))
+    axes = figure.subplots(1 + several, 2, squeeze=False)
+    names, colors, figures = zip(*named_sets(metrics | {"rows": best}))
+    for ax, key, factor in zip(axes[0], (distance, "class_accuracy"), (1, 100)):
+        values = [factor * row[key] for row in figures]
+        bars = ax.barh(names, values, color=colors, log=key == distance)
+        ax.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
+        ax.invert_yaxis()
+        ax.margins(x=0.2)
+    distance_label = f"{distance.upper()} (log scale): lower is better"
+    axes[0, 0].set_xlabel(distance_label)
+    axes[0, 1].set_xlabel("seen as its class by the judge, %: higher is better")
+    axes[0, 1].set(yticklabels=[], xlim=(0, 119), xticks=range(0, 101, 20))
+    if several:
+        draw_lines(axes[1, 0], rows, "inception_score", distance, "cfg_scale")
+        draw_lines(axes[1, 1], rows, "recall", "precision", "cfg_scale")
+        axes[1, 0].set(xlabel=IS_LABEL, ylabel=distance_label, yscale="log")
+        axes[1, 1].set(xlabel="recall", ylabel="precision")
+        for ax in axes[1]:
+            ax.set_title("numbers: guidance scale")
     save_figure(path, figure)
 
 
@@ -626,7 +632,8 @@ def main(argv=None):
     print(f"Reconstruction of all test images: {quality:.2f} dB.")
     with replacing(args.out / f"{stem}.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
-    plot_metrics(args.out / f"{stem}.png", metrics, distance)
+    plot = plot_convergence if args.kept else plot_metrics
+    plot(args.out / f"{stem}.png", metrics, distance)
     print(f"wrote {stem}.json and {stem}.png to {args.out}")
 
 
