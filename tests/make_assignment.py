@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,9 +215,12 @@ def blank(source, exercise):
     node, lines = find(source, exercise), source.splitlines(keepends=True)
     first, last = node.body[1], node.body[-1]  # body[0] is the docstring
     indent = " " * first.col_offset
-    text = f"{indent}raise NotImplementedError(\n{indent}    {exercise.task!r}\n"
+    # The sentence as string literals of one line each, which Python joins.
+    words = textwrap.wrap(exercise.task, 70, drop_whitespace=False)
+    said = [f"{indent}    {part!r}\n" for part in words]
+    text = [f"{indent}raise NotImplementedError(\n", *said, f"{indent})\n"]
     end = node.body[0].end_lineno
-    return "".join([*lines[:end], text, f"{indent})\n", *lines[last.end_lineno :]])
+    return "".join([*lines[:end], *text, *lines[last.end_lineno :]])
 
 
 def count_lines(source, exercise):
