@@ -169,8 +169,8 @@ class ARModel(nn.Module):
             x = block(x, rotary, None if caches is None else caches[i])
         return self.head(self.norm(x)).float()
 
-    def forward(self, labels, tokens):
-        """Class labels (B,) and the first n < T tokens (B, n), int64 -> float32 logits
+    def forward(self, tokens, labels):
+        """The first n < T tokens (B, n), class labels (B,), int64 -> float32 logits
         (B, n + 1, V). logits[:, t] predict token t from the class and tokens[:, :t]."""
         class_token = self.class_embedding(labels)[:, None]  # (B, 1, dim)
         return self.transformer(
@@ -259,7 +259,7 @@ def generate(
 def next_token_loss(model, tokens, labels):
     """Mean cross-entropy in nats of all tokens int64 (B, T), each given those before it
     and the class labels (B,)."""
-    logits = model(labels, tokens[:, :-1])  # (B, T, V)
+    logits = model(tokens[:, :-1], labels)  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
@@ -329,11 +329,9 @@ def main(argv=None):
         tokens, test_tokens = code_to_cluster[tokens], code_to_cluster[test_tokens]
         vocabulary = len(clusters["centroids"])  # V = M
         ids["cluster_id"] = clusters["cluster_id"]
-    labels, test_labels = (
-        data["train_labels"].to(device),
-        data["test_labels"].to(device),
-    )
     tokens, test_tokens = tokens.to(device), test_tokens.to(device)
+    labels = data["train_labels"].to(device)  # (N,)
+    test_labels = data["test_labels"].to(device)
 
     torch.manual_seed(args.seed)
     num_classes, sizes = len(data["classes"]), (args.layers, args.dim, args.heads)

@@ -1,9 +1,9 @@
 """Stage 2: a bidirectional model that predicts all fine labels at once.
 
 p(q_i | c_1 .. c_T, y) for every token i, in one pass with full attention (arXiv
-2503.16194, figure 1c): cross-entropy over the K fine labels. As q_i lies in cluster
-c_i, all logits outside that cluster are masked. They need not even be computed: a token
-meets those rows of the K-way head that belong to its cluster, and no others.
+2503.16194, figure 1c). The paper's softmax is over all K codes. Here it is over those
+of cluster c_i, in which q_i lies. The other logits are not even computed: a token meets
+those rows of the K-way head that belong to its cluster, and no others.
 
     python aux_model.py
 
@@ -107,9 +107,8 @@ class AuxModel(nn.Module):
         order = coarse.argsort()  # order.argsort() undoes it
         counts = coarse.bincount(minlength=len(self.sizes)).tolist()
         tokens = x[order].split(counts)  # M parts of (n_m, dim)
-        weights = self.head.weight[self.by_cluster].split(
-            self.sizes
-        )  # of (size_m, dim)
+        head = self.head.weight[self.by_cluster]  # (K, dim), sorted by cluster
+        weights = head.split(self.sizes)  # M parts of (size_m, dim)
         S = self.members.shape[1]
         products = [
             F.pad(t @ w.T, (0, S - len(w)), value=-math.inf)  # (n_m, S)

@@ -1,7 +1,7 @@
 """The clusters: similar codewords together, fine label q -> coarse label g(q).
 
 The observation behind CTF (arXiv 2503.16194, figures 1a and 1b): a large
-codebook is redundant. Replace every token of an image by another one of its cluster,
+codebook is redundant. Replace every token of an image by a random one of its cluster,
 and the picture survives; with clusters made at random it does not. So the cluster of a
 token says nearly everything, and can be predicted first.
 
@@ -149,7 +149,7 @@ def plot_swaps(path, model, images, fine, code_to_cluster, rng):
     figure = Figure(figsize=(12, 5))
     K, M = len(code_to_cluster), code_to_cluster.max() + 1
     figure.suptitle(
-        f"every token becomes another one of its cluster ({K} codes, {M} clusters)"
+        f"every token becomes a random one of its cluster ({K} codes, {M} clusters)"
     )
     grid = figure.subplots(4, len(images), squeeze=False)
     for axes, (name, row) in zip(grid, rows.items()):
@@ -196,6 +196,7 @@ def main(argv=None):
         print("labels permuted over the codes: this is the control, not the method")
         code_to_cluster = random_clusters(code_to_cluster, rng)
         centroids = cluster_means(codebook, code_to_cluster, sizes)
+        inertia = [((codebook - centroids[code_to_cluster]) ** 2).sum()]
     code_to_cluster = torch.from_numpy(code_to_cluster)
     save(
         args.out / "clusters.pt",

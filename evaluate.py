@@ -7,7 +7,7 @@ reconstructions, for the two swaps of figure 1b, and the accuracy of the judge.
     python evaluate.py                           # the files that sample.py wrote
     python evaluate.py --cfg-scales 1 1.5 2 3    # both models at each guidance scale
     python evaluate.py --kept                    # the copies of --keep-every: figure 2
-    python evaluate.py --mean-of out-1 out-2     # the mean of runs judged before
+    python evaluate.py --mean-of out-1 out-2 --out out-mean    # of runs judged before
     python evaluate.py --features inception      # Inception v3, not our classifier
 
 Reads what the other stages wrote; writes classifier.pt (the judge, trained once per
@@ -36,6 +36,8 @@ from cluster import load_clusters, random_clusters, swap_within_clusters
 from sample import (
     FINE_SETTINGS,
     MODEL_FILES,
+    MODEL_NAMES,
+    SAMPLE_FILES,
     SETTINGS,
     load_models,
     sample_batches,
@@ -64,9 +66,8 @@ from tokenizer import (
 )
 
 MODEL_COLORS = {"ctf": "tab:orange", "baseline": "tab:blue"}
-SAMPLE_FILES = {"ctf": "samples.pt", "baseline": "samples-baseline.pt"}
-MODEL_NAMES = {"ctf": "CTF", "baseline": "baseline"}
 IS_LABEL = "Inception Score: higher is better"
+DISTANCE_LABEL = "{} (log scale): lower is better"
 
 # --------------------------------------------------------------------------------------
 # The metrics: pure functions of arrays, in float64
@@ -135,7 +136,7 @@ def precision_recall(real, fake, k=3):
 
 
 class Classifier(nn.Module):
-    """The judge: images (B, 3, H, W), -1..1 -> features (B, 128) and logits (B, V)."""
+    """The judge: images (B, 3, H, W), -1..1 -> features (B, 128), logits (B, classes)."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -224,7 +225,7 @@ class Inception(nn.Module):
 
 @torch.inference_mode()
 def look(network, images, device):
-    """Images uint8 (N, H, W, 3) -> float64 arrays: features (N, F), logits (N, V)."""
+    """Images uint8 (N, H, W, 3) -> float64 arrays: features (N, F), logits (N, classes)."""
     parts = [network(to_float(part.to(device))) for part in images.split(250)]
     return [torch.cat(part).cpu().double().numpy() for part in zip(*parts)]
 
@@ -295,8 +296,9 @@ def draw_lines(ax, rows, x, y, note=None):
         bars = [row["std"][y] for row in own] if "std" in own[0] else None
         name = MODEL_NAMES[model]
         ax.errorbar(xs, ys, bars, color=color, marker="o", capsize=3, label=name)
-        for row in own if note else []:
-            ax.annotate(f" {row[note]:g}", (row[x], row[y]), va="bottom")
+        if note:
+            for row in own:
+                ax.annotate(f" {row[note]:g}", (row[x], row[y]), va="bottom")
     ax.legend()
 
 
@@ -318,7 +320,7 @@ def plot_convergence(path, metrics, distance):
     for row_axes, y in zip(axes, (distance, "inception_score")):
         for ax, x in zip(row_axes, ("step", "train_seconds")):
             draw_lines(ax, best, x, y)
-    axes[0, 0].set(ylabel=f"{distance.upper()} (log scale): lower is better")
+    axes[0, 0].set_ylabel(DISTANCE_LABEL.format(distance.upper()))
     for ax in axes[0]:
         ax.set_yscale("log")
     axes[1, 0].set(ylabel=IS_LABEL, xlabel="training steps (CTF: of stage 1)")
@@ -341,7 +343,7 @@ def plot_metrics(path, metrics, distance):
         ax.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
         ax.invert_yaxis()
         ax.margins(x=0.2)
-    distance_label = f"{distance.upper()} (log scale): lower is better"
+    distance_label = DISTANCE_LABEL.format(distance.upper())
     axes[0, 0].set_xlabel(distance_label)
     axes[0, 1].set_xlabel("seen as its class by the judge, %: higher is better")
     axes[0, 1].set(yticklabels=[], xlim=(0, 119), xticks=range(0, 101, 20))
@@ -379,8 +381,8 @@ def mean_of_seeds(paths):
 
     def kind(run):  # what must be equal
         rows = [[r[key] for key in ("model", "step", "cfg_scale")] for r in run["rows"]]
-        protocol = [run["protocol"][key] for key in ("features", "num_samples", "data")]
-        return rows, protocol
+        same = "features", "num_samples", "data", "seed"
+        return rows, [run["protocol"][key] for key in same]
 
     for path, run in zip(paths, runs):
         if kind(run) != kind(runs[0]):
@@ -544,10 +546,10 @@ def judge_all(args, device):
     instruments = network, judge, real, device
 
     rng = np.random.default_rng(args.seed)
-    fine, g = tokens["test_fine"].long(), clusters["code_to_cluster"].numpy()
+    fine, g_array = tokens["test_fine"].long(), clusters["code_to_cluster"].numpy()
     reconstructions = reconstruct(vqvae, fine.to(device)).cpu()
-    clusterings = {"random": random_clusters(g, rng)}
-    clusterings[clusters["method"]] = g  # of --method random, there is no other
+    clusterings = {"random": random_clusters(g_array, rng)}
+    clusterings[clusters["method"]] = g_array  # of --method random, there is no other
     swaps = {}
     for name, clustering in clusterings.items():
         swapped = swap_within_clusters(fine[:N].numpy(), clustering, rng)
@@ -611,8 +613,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     stem = "convergence" if args.kept else "metrics"
     if args.mean_of:
-        if len(args.mean_of) < 2:
-            parser.error("--mean-of needs two folders or more")
+        if len(args.mean_of) < 2 or args.out in args.mean_of:
+            parser.error("--mean-of needs two folders or more, and another --out")
         metrics = mean_of_seeds([out / f"{stem}.json" for out in args.mean_of])
     else:
         metrics = judge_all(args, pick_device(args.device))
@@ -620,8 +622,7 @@ def main(argv=None):
     distance = "fid" if protocol["features"] == "inception" else "fd"
 
     print_table(metrics, distance)
-    numbers = f"{protocol['num_samples']} images of each kind against "
-    print(f"\n{numbers}{protocol['num_real']} real test images.")
+    print(f"\n{describe(protocol)}.")
     if distance == "fid":
         print(
             "FID: torchvision's Inception v3, not the TensorFlow graph of the papers."

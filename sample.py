@@ -8,8 +8,9 @@ labels themselves, then pixels.
     python sample.py --num-samples 50000 --npz      # for the papers' own evaluators
 
 Reads tokenizer.pt, clusters.pt, coarse.pt and fine.pt (or baseline.pt); writes
-samples.pt and samples.png (samples-baseline.pt and .png). About 200 images/s on two CPU
-cores.
+samples.pt (images uint8 (N, 3, H, W), labels (N,), coarse and fine labels (N, T)) and
+samples.png, or samples-baseline.pt and .png. --anatomy: anatomy.png; --npz: samples.npz
+and a folder of PNG files. About 180 images/s on two CPU cores.
 """
 
 import math
@@ -44,7 +45,9 @@ from tokenizer import (
     to_uint8,
 )
 
-# Stage 1 and stage 2, if there is one.
+MODEL_NAMES = {"ctf": "CTF", "baseline": "baseline"}
+SAMPLE_FILES = {"ctf": "samples.pt", "baseline": "samples-baseline.pt"}
+# Stage 1, and stage 2 if there is one.
 MODEL_FILES = {"ctf": ("coarse.pt", "fine.pt"), "baseline": ("baseline.pt",)}
 # How the AR model is sampled, and how the auxiliary model is ("fine").
 SETTINGS = {"cfg_scale": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -166,7 +169,7 @@ def plot_anatomy(path, models, g, labels, fine, originals, seed):
     color = F.pad(color, (0, 3 - color.shape[1]))  # (K, rgb), if d is only 2 as well
     mean_color = torch.zeros(M, 3, device=g.device).index_add_(0, g, color)
     mean_color /= g.bincount(minlength=M)[:, None]
-    logits = models["ar"](labels, coarse[:, :-1]), models["aux"](coarse, labels)
+    logits = models["ar"](coarse[:, :-1], labels), models["aux"](coarse, labels)
     bits = [entropy(x) for x in logits]  # (n, T) of each stage
     rng, g_array = np.random.default_rng(seed), g.cpu().numpy()
     clusterings = {"its own": g_array, "random": random_clusters(g_array, rng)}
@@ -198,7 +201,7 @@ def plot_anatomy(path, models, g, labels, fine, originals, seed):
         for quarters, (ax, share) in enumerate(zip(axes[1], shares), start=1):
             picture = decode_prefix(vqvae, fine[i : i + 1], quarters * T // 4)
             ax.imshow(picture[0].cpu().numpy())
-            ax.set_title(f"after {share} of\nthe coarse labels")
+            ax.set_title(f"decoded from {share}\nof its tokens")
         for ax, (name, tokens) in zip(axes[1, 4:], swapped.items()):
             tokens = torch.from_numpy(tokens[i : i + 1]).to(g.device)
             ax.imshow(reconstruct(vqvae, tokens)[0].cpu().numpy())
@@ -239,18 +242,16 @@ def main(argv=None):
     if max(chosen) >= len(classes):
         fail(f"--classes {max(chosen)}: those of {name} are 0 to {len(classes) - 1}")
 
-    labels = torch.tensor(chosen).repeat(args.num_samples // len(chosen) + 1)[
-        : args.num_samples
-    ]
+    labels = torch.tensor(chosen)[torch.arange(args.num_samples) % len(chosen)]
     settings = {name: getattr(args, name) for name in SETTINGS}
     fine_settings = {name: getattr(args, f"fine_{name}") for name in FINE_SETTINGS}
     images, coarse, fine, speed = sample_batches(
         models, labels, args.seed, settings, fine_settings, args.batch_size
     )
     print(f"{len(images)} images, {speed:.0f} images/s on {device}")
-    stem = "samples" if args.model == "ctf" else "samples-baseline"
+    path = args.out / SAMPLE_FILES[args.model]
     save(
-        args.out / f"{stem}.pt",
+        path,
         script="sample.py",
         model=args.model,
         images=images.permute(0, 3, 1, 2).contiguous(),
@@ -267,14 +268,14 @@ def main(argv=None):
         codebook_id=artifacts["ar"]["codebook_id"],
         cluster_id=artifacts["ar"]["cluster_id"],
     )
-    title = {"ctf": "CTF", "baseline": "baseline"}[args.model]
-    title = f"{title} samples of {Path(name).name}, guidance {args.cfg_scale:g}, seed {args.seed}"
-    plot_samples(args.out / f"{stem}.png", title, images, labels, classes)
+    title = f"{MODEL_NAMES[args.model]} samples of {Path(name).name}, "
+    title += f"guidance {args.cfg_scale:g}, seed {args.seed}"
+    plot_samples(path.with_suffix(".png"), title, images, labels, classes)
     if args.anatomy:
         ids = {"codebook_id": artifacts["vqvae"]["codebook_id"]}
         tokens = load(args.out / "tokens.pt", "tokenizer.py", **ids)
-        real, names, _ = load_images(name, "test", data["image_size"])
-        i = (names == labels[0]).nonzero()[0, 0]  # of the class of the first sample
+        real, real_labels, _ = load_images(name, "test", data["image_size"])
+        i = (real_labels == labels[0]).nonzero()[0, 0]  # of the first sample's class
         class_name = classes[labels[0]]
         titled = [(f"A real image of class {class_name}", real[i].numpy())]
         titled += [(f"A sample of class {class_name}", images[0].numpy())]
@@ -288,15 +289,15 @@ def main(argv=None):
             args.seed,
         )
     if args.npz:
-        path = args.out / f"{stem}.npz"
-        with replacing(path) as temporary, open(temporary, "wb") as file:
+        array, folder = path.with_suffix(".npz"), path.with_suffix("")
+        with replacing(array) as temporary, open(temporary, "wb") as file:
             np.savez(file, arr_0=images.numpy())
-        for old in (args.out / stem).glob("[0-9]*.png"):
+        for old in folder.glob("[0-9]*.png"):
             old.unlink()
         for i, image in enumerate(tqdm(images.numpy(), "write PNG files")):
-            with replacing(args.out / stem / f"{i:06d}.png") as temporary:
+            with replacing(folder / f"{i:06d}.png") as temporary:
                 Image.fromarray(image).save(temporary, format="png")
-    print(f"wrote {stem}.pt and {stem}.png to {args.out}")
+    print(f"wrote {path.name} and {path.stem}.png to {args.out}")
 
 
 if __name__ == "__main__":

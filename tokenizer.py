@@ -1,5 +1,9 @@
 """The tokenizer: a VQ-VAE that turns an image into a grid of discrete tokens and back.
 
+An encoder makes a vector of each cell of a grid, each vector is replaced by the nearest
+of K learnt codewords, and a decoder paints the image from these. The numbers of the
+codewords are the tokens.
+
 CTF (arXiv 2503.16194) starts from such a tokenizer with a large codebook. A token is
 the index of one of K codewords, its *fine label*. The recipe is LlamaGen's (arXiv
 2406.06525): l2-normalised codes of only d = 8 dimensions and a commitment
@@ -115,7 +119,9 @@ def to_device(model, device):
 
 def autocast(device):
     """bfloat16 products where a CUDA card has them; float32 on all other devices."""
-    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
@@ -373,7 +379,7 @@ def load_images(data, split, image_size):
         offline = "--data glyphs needs no network"
         fail(f"no {data} in {root}, no download ({reason(error)}); {offline}")
     images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
-    if images.ndim == 3:  # grey (N, 28, 28): 32 pixels halve evenly
+    if images.ndim == 3:  # grey (N, 28, 28): padded to 32, three equal channels
         images = F.pad(images, (2, 2, 2, 2))[..., None].expand(-1, -1, -1, 3)
     if image_size != 32:
         fail(f"--image-size {image_size}: the images of {data} have 32 pixels")
@@ -562,6 +568,7 @@ class VQVAE(nn.Module):
     def usage(self):
         """(percent of the codes in use, perplexity), from the moving counts.
 
+        Perplexity: exp(entropy of the shares), K if all codes are used alike, 1 if one.
         In use: a tenth of an average share or more. The moving counts span about 100
         steps, so this holds even when a batch has fewer tokens than there are codes.
         """

@@ -1,8 +1,8 @@
-"""How fast sampling is, with random weights: what the README says about speed.
+r"""How fast sampling is, with random weights: what the README says about speed.
 
     python tests/benchmark.py
     python tests/benchmark.py --batch-sizes 64    # about a minute on two CPU cores
-    python tests/benchmark.py --sizes B L XL --codes 16384 --clusters 512 \\
+    python tests/benchmark.py --sizes B L XL --codes 16384 --clusters 512 \
         --batch-sizes 1 --cfg-scales 1 --rounds 1      # the paper's sizes, 256 tokens
 
 All rivals run in one process, in turn, several rounds. Printed are medians and ratios
@@ -46,8 +46,9 @@ def race(rivals, rounds, device):
 
     All run once before that, to warm up, unless there is to be one round only.
     """
-    for function in rivals.values() if rounds > 1 else []:
-        function()
+    if rounds > 1:
+        for function in rivals.values():
+            function()
     times = {name: [] for name in rivals}
     for _ in range(rounds):
         for name, function in rivals.items():
@@ -60,7 +61,7 @@ def generate_uncached(model, labels, generator):
     """What generate does (without guidance), by a whole pass for every token."""
     tokens = torch.empty(len(labels), 0, dtype=torch.long, device=labels.device)
     for _ in range(GRID[0] * GRID[1]):
-        token = draw(model(labels, tokens)[:, -1], generator)
+        token = draw(model(tokens, labels)[:, -1], generator)
         tokens = torch.cat([tokens, token[:, None]], dim=1)
     return tokens
 
@@ -74,10 +75,8 @@ def random_weights(model, device):
 def compare_cache(rounds, device):
     """Generation with and without the key/value cache: the same tokens, faster."""
     model = random_weights(ARModel(ARConfig(1024, CLASSES, GRID)), device)
-    labels, generator = (
-        torch.arange(64, device=device) % CLASSES,
-        torch.Generator(device),
-    )
+    labels = torch.arange(64, device=device) % CLASSES
+    generator = torch.Generator(device)
     rivals = {
         "with": lambda: generate(model, labels, generator.manual_seed(0)),
         "without": lambda: generate_uncached(model, labels, generator.manual_seed(0)),
@@ -125,7 +124,9 @@ def compare_models(size, K, M, batch_size, scale, rounds, device):
 
 def main(argv=None):
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=formatter
+    )
     add = parser.add_argument
     sizes = ["default", "B", "L", "XL"]
     add(

@@ -7,7 +7,7 @@
 
 An exercise keeps its signature and docstring, and raises NotImplementedError with a
 sentence on what to do. The tests that the table names then fail, and those of the other
-stages pass. The copies are made from the code itself: there is no second version of it.
+stages pass, but for those that it says cannot do without it. The copies are made from the code itself: there is no second version of it.
 """
 
 import argparse
@@ -31,7 +31,7 @@ STAGES = ["tokenizer", "cluster", "ar_model", "aux_model", "sample", "evaluate"]
 class Exercise:
     stage: str  # which file, without .py
     function: str  # in that file: "name", or "Class.name"
-    source: str  # of the method: paper, figure, equation
+    reference: str  # where the method is from: paper, figure, equation
     task: str  # one sentence, which NotImplementedError says
     tests: list  # in tests/test_<stage>.py: what checks it, and fails without it
     needed_by: tuple = ()  # later stages whose tests cannot do without it
@@ -239,7 +239,9 @@ def table():
         tests = ", ".join(f"`{test}`" for test in e.tests)
         needed = "".join(f"; {stage}.py needs it as well" for stage in e.needed_by)
         function = f"`{e.stage}.py`: `{e.function}`"
-        rows.append(f"| {name} | {function} | {lines} | {e.source} | {tests}{needed} |")
+        rows.append(
+            f"| {name} | {function} | {lines} | {e.reference} | {tests}{needed} |"
+        )
     return "\n".join(rows)
 
 
@@ -250,8 +252,12 @@ def write_assignment(folder, names):
     )
     for own in ("make_assignment.py", "test_make_assignment.py"):
         (folder / "tests" / own).unlink()
-    for name in ("README.md", "requirements.txt", ".gitignore"):
+    for name in ("requirements.txt", ".gitignore"):
         shutil.copy(ROOT / name, folder / name)
+    readme = (ROOT / "README.md").read_text("utf-8")
+    before, rest = readme.split("## For a course\n")  # it is about this script
+    readme = f"{before}## {rest.partition(chr(10) + '## ')[2]}"
+    (folder / "README.md").write_text(readme, "utf-8")
     shutil.copytree(ROOT / ".github", folder / ".github")
     for stage in STAGES:
         source = (ROOT / f"{stage}.py").read_text("utf-8")

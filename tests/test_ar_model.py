@@ -45,12 +45,12 @@ def test_parameters_at_the_papers_sizes(sizes, fine, coarse):
 
 
 def test_future_tokens_do_not_change_past_logits(model, tokens):
-    logits = model(LABELS, tokens[:, :-1])
+    logits = model(tokens[:, :-1], LABELS)
     assert logits.shape == (5, 12, 11)
     for t in range(11):
         changed = tokens.clone()
         changed[:, t] = (changed[:, t] + 1) % 11
-        other = model(LABELS, changed[:, :-1])
+        other = model(changed[:, :-1], LABELS)
         torch.testing.assert_close(other[:, : t + 1], logits[:, : t + 1])
         # and all later ones do see it
         assert (other[:, t + 1 :] - logits[:, t + 1 :]).abs().amax(
@@ -59,8 +59,8 @@ def test_future_tokens_do_not_change_past_logits(model, tokens):
 
 
 def test_every_position_sees_the_class(model, tokens):
-    logits = model(LABELS, tokens[:, :-1])
-    other = model((LABELS + 1) % 4, tokens[:, :-1])
+    logits = model(tokens[:, :-1], LABELS)
+    other = model(tokens[:, :-1], (LABELS + 1) % 4)
     assert (other - logits).abs().amax(dim=2).min() > 1e-3
 
 
@@ -125,7 +125,7 @@ def test_first_loss_is_that_of_guessing(tokens):
 
 
 def test_loss_is_the_mean_of_minus_log_p(model, tokens):
-    log_p = model(LABELS, tokens[:, :-1]).log_softmax(-1)
+    log_p = model(tokens[:, :-1], LABELS).log_softmax(-1)
     total = sum(log_p[b, t, tokens[b, t]] for b in range(5) for t in range(12))
     loss = ar_model.next_token_loss(model, tokens, LABELS)
     torch.testing.assert_close(loss, -total / 60)
@@ -143,7 +143,7 @@ def test_heldout_loss_weighs_every_image_alike(model):
 
 
 def test_cached_logits_equal_those_of_the_whole_pass(model, tokens):
-    logits = model(LABELS, tokens[:, :-1])
+    logits = model(tokens[:, :-1], LABELS)
     caches = [ar_model.Cache(12) for _ in model.blocks]
     x = model.class_embedding(LABELS)[:, None]
     for t in range(12):
@@ -162,7 +162,7 @@ def test_generate_equals_generation_without_a_cache(model, scale):
         torch.empty(4, 0, dtype=torch.long),
     )
     for _ in range(12):
-        cond, uncond = (model(y, tokens)[:, -1] for y in (labels, null))
+        cond, uncond = (model(tokens, y)[:, -1] for y in (labels, null))
         logits = (uncond + scale * (cond - uncond)) / 0.8
         token = ar_model.draw(filter_logits(logits, 6, 0.9), generator)
         tokens = torch.cat([tokens, token[:, None]], dim=1)

@@ -133,7 +133,7 @@ TABLE = [
     ("evaluate", ["--num-samples", "1"], nothing, 2, "--num-samples: 1 is not in 2"),
     ("evaluate", ["--cfg-scales"], nothing, 2, "expected at least one argument"),
     ("evaluate", ["--features", "dino"], nothing, 2, "invalid choice: 'dino'"),
-    ("evaluate", ["--mean-of", "{out}"], nothing, 2, "two folders or more"),
+    ("evaluate", ["--mean-of", "{out}"], nothing, 2, "and another --out"),
     ("tokenizer", ["--device", "abacus"], nothing, 1, "--device abacus:"),
     ("tokenizer", ["--data", "{out}/no"], nothing, 1, "no: not a known data set, nor"),
     ("tokenizer", ["--data", "{out}"], nothing, 1, "nor class folders of images"),
@@ -183,7 +183,13 @@ TABLE = [
     ("evaluate", [], drawn_then_data_changed, 1, "has changed since python tokenizer"),
     ("evaluate", ["--kept"], nothing, 1, "no copies: train with --keep-every"),
     ("evaluate", ["--kept"], copies_of_one_stage, 1, "as many copies of coarse.pt as"),
-    ("evaluate", ["--mean-of", "{out}", "{images}"], nothing, 1, "metrics.json"),
+    (
+        "evaluate",
+        ["--mean-of", "{images}", "{images}/test"],
+        nothing,
+        1,
+        "metrics.json",
+    ),
     (
         "evaluate",
         ["--features", "inception", "--inception-weights", "{out}/no.pth"],
