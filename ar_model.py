@@ -307,9 +307,9 @@ def main(argv=None):
     parser = CommandLine(__doc__)
     add = parser.add_argument
     add("--labels", choices=["coarse", "fine"], default="coarse", help="fine: baseline")
-    add("--layers", type=at_least(1), default=ARConfig.layers)
+    add("--layers", type=at_least(1), default=ARConfig.layers, help="of the model")
     add("--dim", type=at_least(1), default=ARConfig.dim, help="multiple of 4 x heads")
-    add("--heads", type=at_least(1), default=ARConfig.heads)
+    add("--heads", type=at_least(1), default=ARConfig.heads, help="attention heads")
     add("--keep-every", type=at_least(0), default=0, help="keep copies, in steps")
     parser.add_training_flags(steps=3000, batch_size=32, lr=1e-3)
     args = parser.parse_args(argv)

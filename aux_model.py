@@ -181,9 +181,9 @@ def heldout_fine(model, fine, code_to_cluster, labels):
 def main(argv=None):
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("--layers", type=at_least(1), default=AuxConfig.layers)
+    add("--layers", type=at_least(1), default=AuxConfig.layers, help="as of stage 1")
     add("--dim", type=at_least(1), default=AuxConfig.dim, help="multiple of 4 x heads")
-    add("--heads", type=at_least(1), default=AuxConfig.heads)
+    add("--heads", type=at_least(1), default=AuxConfig.heads, help="attention heads")
     add("--keep-every", type=at_least(0), default=0, help="keep copies, in steps")
     parser.add_training_flags(steps=1000, batch_size=32, lr=3e-3)
     args = parser.parse_args(argv)

@@ -607,7 +607,8 @@ def main(argv=None):
     add("--mean-of", type=Path, nargs="+", metavar="OUT", help="average these runs")
     add("--num-samples", type=at_least(2), default=2000, help="where images are drawn")
     add("--batch-size", type=at_least(1), default=100, help="where images are drawn")
-    add("--features", choices=["classifier", "inception"], default="classifier")
+    networks = ["classifier", "inception"]
+    add("--features", choices=networks, default="classifier", help="of the distance")
     add("--inception-weights", help="inception_v3_google-0cc3c7bd.pth, when offline")
     add("--judge-steps", type=at_least(1), default=800, help="to train the classifier")
     args = parser.parse_args(argv)

@@ -50,7 +50,7 @@ SAMPLE_FILES = {"ctf": "samples.pt", "baseline": "samples-baseline.pt"}
 # Stage 1, and stage 2 if there is one.
 MODEL_FILES = {"ctf": ("coarse.pt", "fine.pt"), "baseline": ("baseline.pt",)}
 # How the AR model is sampled, and how the auxiliary model is ("fine").
-SETTINGS = {"cfg_scale": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+SETTINGS = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 FINE_SETTINGS = {"cfg_scale": 1.0, "temperature": 1.0, "top_k": 0}
 
 

@@ -670,7 +670,8 @@ def main(argv=None):
     add = parser.add_argument
     add("--data", default="glyphs", help="mnist, fashion_mnist, cifar10, or a folder")
     add("--image-size", type=at_least(8), default=config.image_size, help="pixels")
-    add("--downsample", type=int, choices=[2, 4, 8, 16], default=config.downsample)
+    factors, side = [2, 4, 8, 16], "pixels per token, along a side"
+    add("--downsample", type=int, choices=factors, default=config.downsample, help=side)
     add("--channels", type=at_least(16), default=config.channels, help="network width")
     add("--codebook-size", type=at_least(2), default=config.codebook_size, help="K")
     add("--code-dim", type=at_least(2), default=config.code_dim, help="d")
