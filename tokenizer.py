@@ -134,7 +134,7 @@ def replacing(path):
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save: a full disk, RuntimeError
-        fail(f"cannot write {path}: {reason(error)}")
+        fail(f"cannot write {path}: no room, or no permission? ({reason(error)})")
     finally:
         if temporary.exists():
             temporary.unlink()
