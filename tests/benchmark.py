@@ -42,13 +42,9 @@ def seconds(function, device):
 
 
 def race(rivals, rounds, device):
-    """Median seconds of each of rivals {name: function}, run in turn.
-
-    All run once before that, to warm up, unless there is to be one round only.
-    """
-    if rounds > 1:
-        for function in rivals.values():
-            function()
+    """Median seconds of each of rivals {name: function}, run in turn."""
+    for function in rivals.values():  # to warm up
+        function()
     times = {name: [] for name in rivals}
     for _ in range(rounds):
         for name, function in rivals.items():
