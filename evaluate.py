@@ -11,7 +11,8 @@ reconstructions, for the two swaps of figure 1b, and the accuracy of the judge.
     python evaluate.py --features inception      # Inception v3, not our classifier
 
 Reads what the other stages wrote; writes classifier.pt (the judge, trained once per
-data set), metrics.json and metrics.png (--kept: convergence.json and .png). On two CPU cores: a minute, FD 0.48.
+data set), metrics.json and metrics.png (--kept: convergence.json and .png). On two CPU
+cores: a minute, FD 0.48.
 """
 
 import json
