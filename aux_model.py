@@ -178,6 +178,22 @@ def heldout_fine(model, fine, code_to_cluster, labels):
     return (total / len(fine)).tolist()
 
 
+def guessing(fine, test_fine, code_to_cluster):
+    """What looking at nothing but the cluster gives on test_fine (N', T).
+
+    The nats of a model that knows how many codes it has, and the share right of one
+    that knows the most frequent of them in fine (N, T).
+    """
+    K, coarse = len(code_to_cluster), code_to_cluster[test_fine]  # (N', T)
+    sizes = code_to_cluster.bincount()  # (M,)
+    frequency = fine.flatten().bincount(minlength=K)  # (K,)
+    clusters = torch.arange(len(sizes), device=fine.device)[:, None]
+    in_cluster = code_to_cluster == clusters  # (M, K)
+    favourite = torch.where(in_cluster, frequency, -1).argmax(dim=1)  # (M,)
+    right = (favourite[coarse] == test_fine).float().mean()
+    return sizes[coarse].log().mean().item(), right.item()
+
+
 def main(argv=None):
     parser = CommandLine(__doc__)
     add = parser.add_argument
@@ -212,14 +228,7 @@ def main(argv=None):
     fine, labels = data["train_fine"].long().to(device), data["train_labels"].to(device)
     test_fine = data["test_fine"].long().to(device)  # (N, T)
     test_labels = data["test_labels"].to(device)
-    # Two models that look at nothing but the cluster: one knows its size, the other its
-    # most frequent code.
-    size_of_cluster = torch.tensor(model.sizes, device=device)  # (M,)
-    uniform = size_of_cluster[g[test_fine]].log().mean().item()  # nats
-    frequency = fine.flatten().bincount(minlength=K)  # (K,)
-    in_cluster = g == torch.arange(M, device=device)[:, None]  # (M, K)
-    favourite = torch.where(in_cluster, frequency, -1).argmax(dim=1)  # (M,)
-    guessed = (favourite[g[test_fine]] == test_fine).float().mean().item()
+    uniform, guessed = guessing(fine, test_fine, g)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, {M} coarse to {K} fine labels, on {device}")
     print(

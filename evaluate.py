@@ -137,7 +137,7 @@ def precision_recall(real, fake, k=3):
 
 
 class Classifier(nn.Module):
-    """The judge: images (B, 3, H, W), -1..1 -> features (B, 128), logits (B, classes)."""
+    """The judge: (B, 3, H, W), -1..1 -> features (B, 128), logits (B, classes)."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -226,7 +226,7 @@ class Inception(nn.Module):
 
 @torch.inference_mode()
 def look(network, images, device):
-    """Images uint8 (N, H, W, 3) -> float64 arrays: features (N, F), logits (N, classes)."""
+    """Images uint8 (N, H, W, 3) -> float64 features (N, F), logits (N, classes)."""
     parts = [network(to_float(part.to(device))) for part in images.split(250)]
     return [torch.cat(part).cpu().double().numpy() for part in zip(*parts)]
 
@@ -380,7 +380,8 @@ def mean_of_seeds(paths):
         except (OSError, ValueError) as error:
             fail(f"{path}: {reason(error)}: run python evaluate.py --out {path.parent}")
 
-    def kind(run):  # what must be equal
+    def kind(run):
+        """What must be equal in all runs."""
         rows = [[r[key] for key in ("model", "step", "cfg_scale")] for r in run["rows"]]
         same = "features", "num_samples", "data", "seed"
         return rows, [run["protocol"][key] for key in same]
@@ -432,13 +433,14 @@ def bits_per_token(models, fine, g, labels):
 
 
 def checkpoints(out, kind, kept):
-    """File names of the weights of one model as load_models wants them, each in a tuple.
+    """What load_models wants to know: a tuple of file names for each set of weights.
 
-    The final ones; or, kept, the copies that --keep-every left, the earliest first:
-    copy number i of stage 1 goes with copy number i of stage 2.
+    The final ones, if they are there; or, kept, the copies that --keep-every left, the
+    earliest first: copy number i of stage 1 goes with copy number i of stage 2.
     """
     if not kept:
-        return [MODEL_FILES[kind]]
+        files = MODEL_FILES[kind]
+        return [files] if (out / files[0]).exists() else []
     stems = [Path(file).stem for file in MODEL_FILES[kind]]
     copies = [sorted(p.name for p in out.glob(f"{s}-[0-9]*.pt")) for s in stems]
     if len({len(names) for names in copies}) > 1:
@@ -452,13 +454,13 @@ def contestants(args, device):
     The sample file is None where images are to be drawn: --cfg-scales and --kept.
     """
     drawing = bool(args.cfg_scales or args.kept)
-    for kind, (first, *_) in MODEL_FILES.items():
-        if not (args.out / (first if drawing else SAMPLE_FILES[kind])).exists():
+    for kind in MODEL_FILES:
+        if not (drawing or (args.out / SAMPLE_FILES[kind]).exists()):
             continue
         settings = None
         for files in checkpoints(args.out, kind, args.kept):
             models, artifacts = load_models(args.out, files, device)
-            before, settings = settings, [a.get("settings") for a in artifacts.values()]
+            before, settings = settings, [a["settings"] for a in artifacts.values()]
             if before and before != settings:
                 fail(f"{args.out}: {files[0]} is of another run than the copies before")
             file = None
@@ -492,6 +494,20 @@ def sample_sets(models, file, args, num_samples, num_classes):
         yield facts | {"images_per_second": speed}, images, labels
 
 
+def swaps(vqvae, fine, clusters, seed):
+    """Images uint8 (N, H, W, 3) of fine labels (N, T) swapped within clusters, those of
+    the artifact clusters and random ones: {"kmeans": images, "random": images}."""
+    rng, g = np.random.default_rng(seed), clusters["code_to_cluster"].numpy()
+    clusterings = {"random": random_clusters(g, rng)}
+    clusterings[clusters["method"]] = g  # of --method random, there is no other
+    images = {}
+    for name, clustering in clusterings.items():
+        swapped = swap_within_clusters(fine.cpu().numpy(), clustering, rng)
+        swapped = torch.from_numpy(swapped).to(fine.device)
+        images[name] = reconstruct(vqvae, swapped).cpu()
+    return images
+
+
 def stage2_alone(models, fine, g, labels, seed):
     """Images uint8 (N, H, W, 3) of real coarse labels with drawn fine ones.
 
@@ -516,7 +532,7 @@ def judge_all(args, device):
     if args.kept:
         if not any(checkpoints(args.out, kind, kept=True) for kind in MODEL_FILES):
             fail(f"{args.out} has no copies: train with --keep-every")
-    else:  # now, so that what does not fit fails at once
+    else:  # load all now, so that what does not fit fails at once
         todo = list(todo)
         if not todo:
             script = "ar_model.py" if args.cfg_scales else "sample.py"
@@ -540,23 +556,17 @@ def judge_all(args, device):
     network, distance = judge, "fd"
     if args.features == "inception":
         network, distance = Inception(args.inception_weights).eval().to(device), "fid"
-    real = look(network, test_images, device)[0]
+    real, logits = look(network, test_images, device)
+    judged = logits if network is judge else look(judge, test_images, device)[1]
+    accuracy = float((judged.argmax(1) == test_labels.numpy()).mean())
     if N < real.shape[1]:
         print(f"warning: {N} samples, fewer than {real.shape[1]} feature dimensions:")
         print(f"the covariance is singular, and {distance.upper()} far too high")
     instruments = network, judge, real, device
 
-    rng = np.random.default_rng(args.seed)
-    fine, g_array = tokens["test_fine"].long(), clusters["code_to_cluster"].numpy()
-    reconstructions = reconstruct(vqvae, fine.to(device)).cpu()
-    clusterings = {"random": random_clusters(g_array, rng)}
-    clusterings[clusters["method"]] = g_array  # of --method random, there is no other
-    swaps = {}
-    for name, clustering in clusterings.items():
-        swapped = swap_within_clusters(fine[:N].numpy(), clustering, rng)
-        swapped = reconstruct(vqvae, torch.from_numpy(swapped).to(device)).cpu()
-        swaps[name] = measure(swapped, test_labels[:N], *instruments)
-    judged = look(judge, test_images, device)[1].argmax(1)
+    fine = tokens["test_fine"].long().to(device)
+    reconstructions = reconstruct(vqvae, fine).cpu()
+    swapped = swaps(vqvae, fine[:N], clusters, args.seed)
     metrics = {
         "protocol": {
             "features": args.features,
@@ -569,15 +579,17 @@ def judge_all(args, device):
             "codebook_id": codebook_id,
             "cluster_id": clusters["cluster_id"],
         },
-        "judge": {"test_accuracy": float((judged == test_labels.numpy()).mean())},
+        "judge": {"test_accuracy": accuracy},
         "real": measure(images[:N], labels[:N], *instruments),
         "reconstruction": measure(reconstructions[:N], test_labels[:N], *instruments),
-        "swap": swaps,
+        "swap": {
+            name: measure(swap, test_labels[:N], *instruments)
+            for name, swap in swapped.items()
+        },
         "rows": [],
     }
     metrics["reconstruction"]["psnr"] = psnr(test_images, reconstructions)
-    g = clusters["code_to_cluster"].to(device)
-    fine, y = fine.to(device), test_labels.to(device)
+    g, y = clusters["code_to_cluster"].to(device), test_labels.to(device)
     for kind, models, artifacts, file in todo:
         networks = {name: part for name, part in models.items() if name != "vqvae"}
         sizes = [p.numel() for part in networks.values() for p in part.parameters()]

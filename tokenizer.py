@@ -63,6 +63,7 @@ def at_least(low, kind=int):
     """An argparse type: a number from low up to what fits in 63 bits."""
 
     def parse(text):
+        """The number in text; raises ArgumentTypeError if it is out of range."""
         if not low <= (value := kind(text)) < 2**63:
             raise argparse.ArgumentTypeError(f"{text} is not in {low} .. 2^63")
         return value
@@ -94,6 +95,7 @@ class CommandLine(argparse.ArgumentParser):
         add("--compile", action="store_true", help="torch.compile, for long GPU runs")
 
     def error(self, message):
+        """Print message in one line, without argparse's usage, and exit with code 2."""
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
@@ -119,10 +121,9 @@ def to_device(model, device):
 
 def autocast(device):
     """bfloat16 products where a CUDA card has them; float32 on all other devices."""
-    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(
-        including_emulation=False
-    )
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    cuda = device.type == "cuda"
+    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=native)
 
 
 @contextmanager
@@ -236,6 +237,7 @@ def interruptible():
     stop, previous = threading.Event(), signal.getsignal(signal.SIGINT)
 
     def on_interrupt(*_):
+        """The first Ctrl-C; from then on it does what it did before."""
         stop.set()
         signal.signal(signal.SIGINT, previous)
 

@@ -7,12 +7,14 @@
 
 An exercise keeps its signature and docstring, and raises NotImplementedError with a
 sentence on what to do. The tests that the table names then fail, and those of the other
-stages pass, but for those that it says cannot do without it. The copies are made from the code itself: there is no second version of it.
+stages pass, but for those that it says cannot do without it. The copies are made from
+the code itself: there is no second version of it.
 """
 
 import argparse
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -255,8 +257,8 @@ def write_assignment(folder, names):
     for name in ("requirements.txt", ".gitignore"):
         shutil.copy(ROOT / name, folder / name)
     readme = (ROOT / "README.md").read_text("utf-8")
-    before, rest = readme.split("## For a course\n")  # it is about this script
-    readme = f"{before}## {rest.partition(chr(10) + '## ')[2]}"
+    # Without the section on this script, up to the next heading.
+    readme = re.sub(r"## For a course\n.*?(?=\n## )\n", "", readme, flags=re.DOTALL)
     (folder / "README.md").write_text(readme, "utf-8")
     shutil.copytree(ROOT / ".github", folder / ".github")
     for stage in STAGES:

@@ -166,6 +166,17 @@ def test_draws_follow_the_probabilities(model, fine):
         torch.testing.assert_close(frequency, wanted[i], rtol=0, atol=0.04)
 
 
+def test_guessing_within_the_cluster_against_loops(fine):
+    test_fine = torch.randint(10, (7, 12), generator=torch.Generator().manual_seed(1))
+    nats, right = [], []
+    for q in test_fine.flatten().tolist():
+        members = (G == G[q]).nonzero()[:, 0].tolist()
+        nats.append(math.log(len(members)))
+        right.append(q == max(members, key=lambda m: (fine == m).sum().item()))
+    wanted = sum(nats) / len(nats), sum(right) / len(right)
+    assert aux_model.guessing(fine, test_fine, G) == pytest.approx(wanted, rel=1e-5)
+
+
 def test_heldout_weighs_every_image_alike(model):
     fine, labels = torch.randint(10, (260, 12)), torch.randint(3, (260,))
     whole = [value.item() for value in aux_model.fine_loss(model, fine, G, labels)]

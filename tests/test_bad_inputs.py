@@ -199,7 +199,8 @@ TABLE = [
     ),
 ]
 # Through a process of its own as well: a usage error, a missing and a broken file.
-AS_PROCESSES = [TABLE[1], TABLE[34], TABLE[35]]
+SHOWN = "--steps: 0 is not", "run python tokenizer.py first", "tokenizer.pt cannot"
+AS_PROCESSES = [next(row for row in TABLE if part in row[4]) for part in SHOWN]
 
 
 def wrong_input(row, trained, images):

@@ -46,6 +46,9 @@ def test_the_copy_says_what_to_do(tmp_path):
     with pytest.raises(NotImplementedError, match="towards those with it, and beyond"):
         module.guide(1.0, 2.0, 3.0)
     assert not (tmp_path / "copy" / "tests" / "make_assignment.py").exists()
+    readme = (tmp_path / "copy" / "README.md").read_text("utf-8")
+    assert "make_assignment" not in readme and "For a course" not in readme
+    assert "## One image, stage by stage\n" in readme and "\n## Citation\n" in readme
 
 
 def test_the_table_of_the_readme_is_the_current_one():
