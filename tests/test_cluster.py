@@ -130,6 +130,24 @@ def test_cluster_writes_a_map_of_the_codebook(out, method):
     assert (out / "clusters.png").stat().st_size > 1000
 
 
+def test_the_best_of_several_runs_is_kept(out):
+    codebook = tokenizer.load_tokenizer(out, torch.device("cpu"))[0].codebook
+    inertias = {}
+    for seed in range(4):
+        cluster.main(
+            ["--out", str(out), "--clusters=5", f"--seed={seed}", "--restarts=1"]
+        )
+        artifact = cluster.load_clusters(out, "the-codebook")
+        means = artifact["centroids"][artifact["code_to_cluster"]]
+        inertias[seed] = (codebook - means).square().sum().item()
+    assert len(set(inertias.values())) > 1
+    cluster.main(["--out", str(out), "--clusters", "5", "--restarts", "4"])
+    artifact = cluster.load_clusters(out, "the-codebook")
+    means = artifact["centroids"][artifact["code_to_cluster"]]
+    kept = (codebook - means).square().sum().item()
+    assert kept == pytest.approx(min(inertias.values()))
+
+
 def test_clusters_change_their_name_with_their_content(out):
     names = set()
     for clusters, method in ((5, "kmeans"), (6, "kmeans"), (5, "random")):

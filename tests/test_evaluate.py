@@ -300,6 +300,17 @@ def test_mean_of_seeds(trained, tmp_path, capsys):
     assert error_of(capsys, evaluate.main, "--mean-of", folders[0])[0] == 2
 
 
+def test_the_best_guidance_scale_has_the_least_distance():
+    rows = [
+        {"model": model, "step": step, "cfg_scale": scale, "fd": fd}
+        for model, step, fds in [("ctf", 1, [3, 1, 2]), ("ctf", 2, [4, 5, 6])]
+        for scale, fd in enumerate(fds)
+    ]
+    rows.append({"model": "baseline", "step": 1, "cfg_scale": 1, "fd": 9})
+    best = [(row["model"], row["cfg_scale"]) for row in evaluate.best_rows(rows, "fd")]
+    assert best == [("ctf", 1), ("ctf", 0), ("baseline", 1)]
+
+
 def test_stage_2_alone_starts_from_the_real_coarse_labels(trained, monkeypatch):
     models, _ = sample.load_models(trained, MODEL_FILES["ctf"], torch.device("cpu"))
     fine, seen = torch.randint(K, (130, 16)), []

@@ -249,7 +249,30 @@ def test_artifacts_that_cannot_be_used_are_named(tmp_path):
 # ----------------------------------------------------------------------------- training
 
 
-def test_training_starts_the_codebook_at_encoder_outputs(images, tmp_path, monkeypatch):
+def test_the_loss_is_the_error_and_a_quarter_of_the_commitment(
+    images, tmp_path, monkeypatch
+):
+    expected, original = [], VQVAE.forward
+
+    def forward(self, x, quantized):
+        outputs = original(self, x, quantized)
+        commitment = outputs[3].item() if quantized else 0
+        assert commitment > 0 or not quantized
+        expected.append((outputs[0] - x).square().mean().item() + commitment / 4)
+        return outputs
+
+    monkeypatch.setattr(VQVAE, "forward", forward)
+    tokenizer.main(
+        [*TINY, "--data", str(images), "--out", str(tmp_path), "--steps", "4"]
+    )
+    history = tokenizer.load(tmp_path / "tokenizer.pt", "tokenizer.py")["history"]
+    assert history["loss"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("steps", ["3", "1"])  # 1: before --codebook-after 2
+def test_training_starts_the_codebook_at_encoder_outputs(
+    images, tmp_path, monkeypatch, steps
+):
     placed = []
     original = VQVAE.set_codes
 
@@ -258,7 +281,7 @@ def test_training_starts_the_codebook_at_encoder_outputs(images, tmp_path, monke
         original(self, which, vectors)
 
     monkeypatch.setattr(VQVAE, "set_codes", set_codes)
-    command = [*TINY, "--data", str(images), "--out", str(tmp_path), "--steps", "3"]
+    command = [*TINY, "--data", str(images), "--out", str(tmp_path), "--steps", steps]
     tokenizer.main(command)
     count, norms, distinct = placed[0]
     assert count == 24 and distinct > 12
