@@ -10,15 +10,15 @@ class embedding as the first token.
 
 Reads tokens.pt and clusters.pt; writes coarse.pt and coarse.png (or baseline.pt and
 .png). The first loss is ln V, that of guessing. On two CPU cores: 5 minutes, 1.60 nats
-on unseen images. The paper's sizes, --layers --dim --heads: 12 768 12 (B), 24 1024 16
+on the test images. The paper's sizes, --layers --dim --heads: 12 768 12 (B), 24 1024 16
 (L), 36 1280 20 (XL).
+
+TRACE
 """
 
 import math
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -28,24 +28,31 @@ from tqdm import tqdm
 from cluster import load_clusters
 from tokenizer import (
     CommandLine,
+    Examples,
     at_least,
     autocast,
-    finite,
-    interruptible,
-    learning_rate,
-    leave,
     load,
+    load_tokens,
     load_weights,
     pick_device,
     run_script,
-    save_checkpoint,
     save_figure,
     start_or_resume,
-    training_settings,
+    training_steps,
 )
 
 # --------------------------------------------------------------------------------------
 # The model
+
+
+@dataclass
+class ARConfig:
+    vocabulary: int  # V: M coarse labels, or K fine ones for the baseline
+    num_classes: int
+    grid: list  # (h, w), T = h * w
+    layers: int = 4
+    dim: int = 128
+    heads: int = 4
 
 
 def rotary_table(grid, head_dim, base=10_000):
@@ -81,14 +88,17 @@ class Cache:
     """
 
     def __init__(self, capacity):
-        self.capacity, self.length, self.kv = capacity, 0, None
+        self.capacity = capacity  # tokens
+        self.length = 0  # tokens so far
+        self.kv = None
 
     def extend(self, k, v):
         """Append k, v (B, heads, n, head_dim); returns the keys and values of all."""
         if self.kv is None:  # all the room at once: growing would copy it every time
             B, heads, _, head_dim = k.shape
             self.kv = k.new_empty(2, B, heads, self.capacity, head_dim)
-        begin, self.length = self.length, self.length + k.shape[2]
+        begin = self.length
+        self.length += k.shape[2]
         self.kv[:, :, :, begin : self.length] = torch.stack([k, v])
         return self.kv[:, :, :, : self.length].unbind(0)
 
@@ -98,7 +108,10 @@ class Block(nn.Module):
 
     def __init__(self, dim, heads, causal):
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads = heads
+        self.causal = causal
+        # 8/3 dim, so that three matrices have as many weights as the two of a plain
+        # network of 4 dim; rounded up to LlamaGen's 256, or to 64 in a small model.
         multiple = 256 if dim >= 512 else 64
         hidden = math.ceil(8 * dim / 3 / multiple) * multiple
         self.attention_norm = nn.RMSNorm(dim, eps=1e-5)
@@ -115,8 +128,8 @@ class Block(nn.Module):
         """
         B, n, dim = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(B, n, 3, self.heads, -1)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, n, head_dim)
-        (q, k), v = rotate(qkv[:2], rotary), qkv[2]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, n, head_dim)
+        q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, heads, all so far, head_dim)
         # A single query may see every key there is: its own and those before it.
@@ -127,30 +140,13 @@ class Block(nn.Module):
         return x + self.down(F.silu(gate) * up)  # SwiGLU
 
 
-@dataclass
-class ARConfig:
-    vocabulary: int  # V: M coarse labels, or K fine ones for the baseline
-    num_classes: int
-    grid: list  # (h, w), T = h * w
-    layers: int = 4
-    dim: int = 128
-    heads: int = 4
-
-
-def init_weights(model):
-    """Normal, deviation 0.02, and a head of zeros: the first loss is exactly ln V."""
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-    nn.init.zeros_(model.head.weight)
-
-
 class ARModel(nn.Module):
     """p(token t | class, tokens before t) for all t of a sequence at once."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, dim = config, config.dim
+        self.config = config
+        dim = config.dim
         # The last class is the null class, for guidance.
         self.class_embedding = nn.Embedding(config.num_classes + 1, dim)
         self.token_embedding = nn.Embedding(config.vocabulary, dim)
@@ -162,6 +158,13 @@ class ARModel(nn.Module):
         self.register_buffer("rotary", rotary, persistent=False)
         init_weights(self)
 
+    def forward(self, tokens, y):
+        """The first n < T tokens (B, n) and the classes y (B,), int64 -> float32 logits
+        (B, n + 1, V). logits[:, t] predict token t from the class and tokens[:, :t]."""
+        class_token = self.class_embedding(y)[:, None]  # (B, 1, dim)
+        x = torch.cat([class_token, self.token_embedding(tokens)], dim=1)
+        return self.transformer(x)
+
     def transformer(self, x, begin=0, caches=None):
         """Embeddings (B, n, dim) of n positions from begin on -> logits (B, n, V)."""
         rotary = self.rotary[:, begin : begin + x.shape[1]]
@@ -169,22 +172,20 @@ class ARModel(nn.Module):
             x = block(x, rotary, None if caches is None else caches[i])
         return self.head(self.norm(x)).float()
 
-    def forward(self, tokens, labels):
-        """The first n < T tokens (B, n), class labels (B,), int64 -> float32 logits
-        (B, n + 1, V). logits[:, t] predict token t from the class and tokens[:, :t]."""
-        class_token = self.class_embedding(labels)[:, None]  # (B, 1, dim)
-        return self.transformer(
-            torch.cat([class_token, self.token_embedding(tokens)], dim=1)
-        )
+
+def init_weights(model):
+    """Normal, deviation 0.02, and a head of zeros: the first loss is exactly ln V."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+    nn.init.zeros_(model.head.weight)
 
 
-def load_ar(path, device, **ids):
-    """(ARModel in eval mode on device, the artifact) from path; ids as for load."""
-    baseline = path.name.startswith("baseline")
-    artifact = load(path, f"ar_model.py{' --labels fine' if baseline else ''}", **ids)
-    model = ARModel(ARConfig(**artifact["config"]))
-    load_weights(model, artifact, path)
-    return model.eval().to(device), artifact
+def next_token_loss(model, tokens, y):
+    """Mean cross-entropy in nats of all tokens int64 (B, T), each given those before it
+    and the classes y (B,)."""
+    logits = model(tokens[:, :-1], y)  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
 # --------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def filter_logits(logits, top_k=0, top_p=1.0):
         # Of all larger ones together: 0 for the largest, which is always kept.
         before = probability.cumsum(dim=-1) - probability
         drop = torch.empty_like(before, dtype=torch.bool)
-        drop.scatter_(-1, index, before >= top_p)
+        drop.scatter_(-1, index, before >= top_p)  # from sorted order back to the codes
         logits = logits.masked_fill(drop, -math.inf)
     return logits
 
@@ -218,17 +219,14 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 def draw(logits, generator):
     """An index int64 (...,) for each row of logits (..., V), from softmax(logits)."""
     # The Gumbel-max trick: exact, and 5 times as fast as torch.multinomial at V 4096.
-    shape, device = logits.shape, logits.device
-    uniform = torch.rand(shape, generator=generator, device=device)
+    uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
     uniform = uniform.clamp(1e-20, 1 - 1e-7)  # neither log may be of 0
     return (logits - (-uniform.log()).log()).argmax(dim=-1)
 
 
 @torch.inference_mode()
-def generate(
-    model, labels, generator, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0
-):
-    """Draw T tokens one after the other: class labels (B,) -> tokens int64 (B, T).
+def generate(model, y, generator, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0):
+    """Draw T tokens one after the other: classes y (B,) -> tokens int64 (B, T).
 
     With guidance, the same tokens run with the class and with the null class, as a
     batch of 2B. The order of what is done to the logits: guide, temperature, top-k,
@@ -237,15 +235,16 @@ def generate(
     guided = cfg_scale != 1
     T = math.prod(model.config.grid)
     if guided:
-        null = torch.full_like(labels, model.config.num_classes)
-        labels = torch.cat([labels, null])
+        null = torch.full_like(y, model.config.num_classes)
+        y = torch.cat([y, null])
     caches = [Cache(T) for _ in model.blocks]
-    x = model.class_embedding(labels)[:, None]  # (B or 2B, 1, dim)
+    x = model.class_embedding(y)[:, None]  # (B or 2B, 1, dim)
     tokens = []
     for t in range(T):
         logits = model.transformer(x, t, caches)[:, 0]  # (B or 2B, V)
         if guided:
-            logits = guide(*logits.chunk(2), cfg_scale)
+            cond, uncond = logits.chunk(2)
+            logits = guide(cond, uncond, cfg_scale)
         token = draw(filter_logits(logits / temperature, top_k, top_p), generator)
         tokens.append(token)  # (B,)
         x = model.token_embedding(token.repeat(2) if guided else token)[:, None]
@@ -256,141 +255,144 @@ def generate(
 # Training
 
 
-def next_token_loss(model, tokens, labels):
-    """Mean cross-entropy in nats of all tokens int64 (B, T), each given those before it
-    and the class labels (B,)."""
-    logits = model(tokens[:, :-1], labels)  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+def train(model, train_set, test_set, optimizer, args, checkpoint, path):
+    """Train model on the tokens of train_set; what is learnt is measured on test_set.
+
+    All around a step (the learning rate, Ctrl-C, saving) is done by training_steps.
+    """
+    V = model.config.vocabulary
+
+    def measure():
+        """What the log and the curves show, every --save-every steps."""
+        nats = mean_loss(model, *test_set.first(1000))
+        return {"loss": nats, "bits": nats / math.log(2)}
+
+    steps = training_steps(args, path, model, optimizer, checkpoint, measure)
+    for step, rng in steps:
+        tokens, y = train_set.batch(rng, args.batch_size)
+        y = drop_classes(y, model.config.num_classes, rng)
+        with autocast(y.device):
+            loss = next_token_loss(model, tokens, y)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        checkpoint["history"]["loss"].append(loss.item())
+        if step == 0:
+            guess = f"guessing is ln {V} = {math.log(V):.3f}"
+            tqdm.write(f"first loss {loss:.3f}; {guess}")
 
 
-def drop_classes(labels, num_classes, rng):
-    """A tenth of the labels (B,) becomes the null class: guidance needs p(c) too."""
-    dropped = torch.from_numpy(rng.random(len(labels)) < 0.1).to(labels.device)
-    return labels.masked_fill(dropped, num_classes)
+def drop_classes(y, num_classes, rng):
+    """A tenth of the classes y (B,) becomes the null class: guidance needs p(c) too."""
+    dropped = torch.from_numpy(rng.random(len(y)) < 0.1).to(y.device)
+    return y.masked_fill(dropped, num_classes)
 
 
-def adamw(model):
+def adamw(model, lr):
     """AdamW as LlamaGen sets it; the gains of the norms do not decay."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.05}]
     groups += [{"params": gains, "weight_decay": 0.0}]
     fused = gains[0].device.type != "mps"
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
+    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=fused)
 
 
 @torch.no_grad()
-def heldout_loss(model, tokens, labels):
-    """next_token_loss over all of tokens (N, T) and labels (N,)."""
+def mean_loss(model, tokens, y):
+    """next_token_loss over all of tokens (N, T) and y (N,), a float."""
     total = 0.0
-    for part, y in zip(tokens.split(64), labels.split(64)):
-        total += next_token_loss(model, part, y).item() * len(part)
+    for part, part_y in zip(tokens.split(64), y.split(64)):
+        total += next_token_loss(model, part, part_y).item() * len(part)
     return total / len(tokens)
 
 
-def plot_curves(path, title, history, guess):
-    """Training and held-out loss in nats over steps, beside that of guessing."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    losses, measured = history["loss"], history["heldout"]
-    steps = range(1, len(losses) + 1)
-    axes.plot(steps, losses, color="tab:blue", alpha=0.4, label="training, each step")
-    steps, losses = zip(*((row["step"], row["loss"]) for row in measured))
-    axes.plot(steps, losses, color="tab:orange", marker=".", label="unseen images")
-    axes.axhline(guess, color="grey", linestyle=":", label=f"guessing: {guess:.2f}")
-    axes.set(title=title, xlabel="step", ylabel="cross-entropy, nats per token")
-    axes.legend()
-    save_figure(path, figure)
+# --------------------------------------------------------------------------------------
+# The script
+
+
+def parse_args(parser, config, argv):
+    """The flags in argv, with those that set the size of a Transformer, of which config
+    has the defaults."""
+    add = parser.add_argument
+    add("--layers", type=at_least(1), default=config.layers, help="of the model")
+    add("--dim", type=at_least(1), default=config.dim, help="multiple of 4 x heads")
+    add("--heads", type=at_least(1), default=config.heads, help="attention heads")
+    args = parser.parse_args(argv)
+    if args.dim % (4 * args.heads):  # pairs of dimensions, for the row and the column
+        parser.error(f"--dim must be a multiple of 4 x --heads: {4 * args.heads}")
+    return args
 
 
 def main(argv=None):
     parser = CommandLine(__doc__)
-    add = parser.add_argument
-    add("--labels", choices=["coarse", "fine"], default="coarse", help="fine: baseline")
-    add("--layers", type=at_least(1), default=ARConfig.layers, help="of the model")
-    add("--dim", type=at_least(1), default=ARConfig.dim, help="multiple of 4 x heads")
-    add("--heads", type=at_least(1), default=ARConfig.heads, help="attention heads")
-    add("--keep-every", type=at_least(0), default=0, help="keep copies, in steps")
+    which = ["coarse", "fine"]
+    parser.add_argument(
+        "--labels", choices=which, default="coarse", help="fine: baseline"
+    )
     parser.add_training_flags(steps=3000, batch_size=32, lr=1e-3)
-    args = parser.parse_args(argv)
-    if args.dim % (4 * args.heads):
-        parser.error(f"--dim must be a multiple of 4 x --heads: {4 * args.heads}")
+    args = parse_args(parser, ARConfig, argv)
     device = pick_device(args.device)
-    stem = "coarse" if args.labels == "coarse" else "baseline"
-    path = args.out / f"{stem}.pt"
 
-    data = load(args.out / "tokens.pt", "tokenizer.py")
-    ids = {"codebook_id": data["codebook_id"], "cluster_id": None}
-    tokens, test_tokens = data["train_fine"].long(), data["test_fine"].long()  # (N, T)
-    vocabulary = data["codebook_size"]  # V = K
+    train_set, artifact = load_tokens(args.out, "train")  # fine labels (N, T)
+    test_set, _ = load_tokens(args.out, "test")
+    ids = {"codebook_id": artifact["codebook_id"], "cluster_id": None}
     if args.labels == "coarse":
-        clusters = load_clusters(args.out, data["codebook_id"])
-        code_to_cluster = clusters["code_to_cluster"]  # g: (K,)
-        tokens, test_tokens = code_to_cluster[tokens], code_to_cluster[test_tokens]
-        vocabulary = len(clusters["centroids"])  # V = M
+        clusters = load_clusters(args.out, artifact["codebook_id"])
+        g = clusters["code_to_cluster"]  # (K,)
+        train_set = Examples(g[train_set.x], train_set.y)
+        test_set = Examples(g[test_set.x], test_set.y)
         ids["cluster_id"] = clusters["cluster_id"]
-    tokens, test_tokens = tokens.to(device), test_tokens.to(device)
-    labels = data["train_labels"].to(device)  # (N,)
-    test_labels = data["test_labels"].to(device)
+        V = len(clusters["centroids"])  # M
+        script, path = "ar_model.py", args.out / "coarse.pt"
+    else:
+        V = artifact["codebook_size"]  # K
+        script, path = "ar_model.py --labels fine", args.out / "baseline.pt"
+    train_set, test_set = train_set.to(device), test_set.to(device)
 
     torch.manual_seed(args.seed)
-    num_classes, sizes = len(data["classes"]), (args.layers, args.dim, args.heads)
-    config = ARConfig(vocabulary, num_classes, list(data["grid"]), *sizes)
+    num_classes, grid = len(artifact["classes"]), list(artifact["grid"])
+    config = ARConfig(V, num_classes, grid, args.layers, args.dim, args.heads)
     model = ARModel(config).to(device)
-    optimizer = adamw(model)
-    settings = training_settings(args, **ids)
-    script = "ar_model.py" if args.labels == "coarse" else "ar_model.py --labels fine"
-    first, seconds, history = start_or_resume(
-        args, path, script, settings, model, optimizer
-    )
-    facts = {"script": "ar_model.py", "config": asdict(config), **ids}
-    facts |= {"settings": settings, "history": history}
+    optimizer = adamw(model, args.lr)
+    checkpoint = start_or_resume(args, path, model, optimizer, script, **ids)
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{size:.2f}M parameters over {vocabulary} {args.labels} labels, on {device}")
+    print(f"{size:.2f}M parameters over {V} {args.labels} labels, on {device}")
 
     if args.compile:
         model.compile()
-    todo = tqdm(range(first, args.steps), stem, args.steps, initial=first)
-    with interruptible() as stop, todo as bar:
-        for step in bar:
-            began = time.perf_counter()
-            # Seeded by the step, so that a resumed run draws what it would have drawn.
-            rng = np.random.default_rng((args.seed, step))
-            batch = rng.integers(len(tokens), size=args.batch_size)
-            batch = torch.from_numpy(batch).to(device)
-            y = drop_classes(labels[batch], num_classes, rng)
-            with autocast(device):
-                loss = next_token_loss(model, tokens[batch], y)
-            history["loss"].append(finite(loss, step, path))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps, args.lr)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            bar.set_postfix(loss=f"{history['loss'][-1]:.3f}", refresh=False)
-            seconds, done = seconds + time.perf_counter() - began, step + 1
-            if done == 1:
-                guess = f"guessing is ln {vocabulary} = {math.log(vocabulary):.3f}"
-                tqdm.write(f"first loss {history['loss'][0]:.3f}; {guess}")
-            if done % args.save_every == 0 or done == args.steps:
-                nats = heldout_loss(model, test_tokens[:1000], test_labels[:1000])
-                history["heldout"].append(
-                    {"step": done, "seconds": seconds, "loss": nats}
-                )
-                bits = nats / math.log(2)
-                tqdm.write(f"step {done}: {nats:.4f} held out, {bits:.3f} bits a token")
-            facts |= {"step": done, "seconds": seconds}
-            if done % args.save_every == 0 or done == args.steps or stop.is_set():
-                save_checkpoint(path, model, optimizer, **facts)
-            if args.keep_every and done % args.keep_every == 0:
-                copy = path.with_name(f"{path.stem}-{done:06d}.pt")
-                save_checkpoint(copy, model, optimizer, **facts)
-            if stop.is_set():
-                leave(done)
-    title = f"{stem}.pt: the next of {vocabulary} {args.labels} labels"
-    plot_curves(args.out / f"{stem}.png", title, history, math.log(vocabulary))
-    print(f"wrote {stem}.pt and {stem}.png to {args.out}; {seconds:.0f} s of training")
+    train(model, train_set, test_set, optimizer, args, checkpoint, path)
+    title = f"{path.name}: the next of {V} {args.labels} labels"
+    plot_curves(path.with_suffix(".png"), title, checkpoint["history"], math.log(V))
+    print(f"wrote {path.name} and {path.stem}.png to {args.out}")
+    print(f"{checkpoint['seconds']:.0f} s of training")
+
+
+def load_ar(path, device, **ids):
+    """(ARModel in eval mode on device, the artifact) from path; ids as for load."""
+    is_baseline = path.name.startswith("baseline")
+    script = "ar_model.py --labels fine" if is_baseline else "ar_model.py"
+    artifact = load(path, script, **ids)
+    model = ARModel(ARConfig(**artifact["config"]))
+    load_weights(model, artifact, path)
+    return model.eval().to(device), artifact
+
+
+def plot_curves(path, title, history, guess):
+    """Training and test loss in nats over steps, beside that of guessing."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    ax = figure.subplots()
+    losses, measured = history["loss"], history["test"]
+    steps = range(1, len(losses) + 1)
+    ax.plot(steps, losses, color="tab:blue", alpha=0.4, label="training, each step")
+    steps = [row["step"] for row in measured]
+    losses = [row["loss"] for row in measured]
+    ax.plot(steps, losses, color="tab:orange", marker=".", label="test images")
+    ax.axhline(guess, color="grey", linestyle=":", label=f"guessing: {guess:.2f}")
+    ax.set(title=title, xlabel="step", ylabel="cross-entropy, nats per token")
+    ax.legend()
+    save_figure(path, figure)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,18 @@ import tokenizer
 torch.set_num_threads(1)  # tiny tensors: threads only cost time
 
 K, M, T, CLASSES = 32, 4, 16, 3  # codes, clusters, tokens of a 4x4 grid, classes
-IDS = {"codebook_id": "the-codebook", "cluster_id": "the-clusters"}
 SIZES = ["--layers", "1", "--dim", "16", "--heads", "2"]
+
+
+def random_tokenizer():
+    """A small VQVAE of random numbers, always the same."""
+    torch.manual_seed(0)
+    config = tokenizer.VQVAEConfig(image_size=16, channels=16, codebook_size=K)
+    return tokenizer.VQVAE(config)
+
+
+IDS = {"codebook_id": tokenizer.short_hash(random_tokenizer().codebook)}
+IDS["cluster_id"] = "the-clusters"
 
 
 @pytest.fixture
@@ -36,10 +46,7 @@ def images(tmp_path):
 @pytest.fixture
 def out(tmp_path, images):
     """A folder with tokenizer.pt, tokens.pt and clusters.pt of random numbers."""
-    torch.manual_seed(0)
-    folder = tmp_path / "out"
-    config = tokenizer.VQVAEConfig(image_size=16, channels=16, codebook_size=K)
-    model = tokenizer.VQVAE(config)
+    folder, model = tmp_path / "out", random_tokenizer()
     classes = ["ant", "bee", "cat"]
     data = {"name": str(images), "image_size": 16, "classes": classes, "versions": {}}
     folder.mkdir()
@@ -51,7 +58,7 @@ def out(tmp_path, images):
         "tokenizer.pt",
         script="tokenizer.py",
         model=model.state_dict(),
-        config=vars(config),
+        config=vars(model.config),
         data=data,
         settings={"steps": 7},
     )
@@ -60,8 +67,8 @@ def out(tmp_path, images):
         script="tokenizer.py",
         train_fine=torch.randint(K, (36, T), dtype=torch.int32),
         test_fine=torch.randint(K, (24, T), dtype=torch.int32),
-        train_labels=tokenizer.load_images(str(images), "train", 16)[1],
-        test_labels=tokenizer.load_images(str(images), "test", 16)[1],
+        train_labels=tokenizer.load_images(str(images), "train", 16)[0].y,
+        test_labels=tokenizer.load_images(str(images), "test", 16)[0].y,
         classes=classes,
         grid=(4, 4),
         codebook_size=K,
@@ -122,9 +129,9 @@ def same_weights(a, b):
     return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
-def interrupt_at(monkeypatch, module, step):
-    """Press Ctrl-C once, during this step of the training loop of module."""
-    original, pressed = module.learning_rate, []
+def interrupt_at(monkeypatch, step):
+    """Press Ctrl-C once, during this step of a training loop."""
+    original, pressed = tokenizer.learning_rate, []
 
     def learning_rate(now, *args):
         if now == step and not pressed:
@@ -132,14 +139,14 @@ def interrupt_at(monkeypatch, module, step):
             signal.raise_signal(signal.SIGINT)
         return original(now, *args)
 
-    monkeypatch.setattr(module, "learning_rate", learning_rate)
+    monkeypatch.setattr(tokenizer, "learning_rate", learning_rate)
 
 
 def check_resume(monkeypatch, module, name, command, out, other_out):
     """A run that Ctrl-C stops in step 3, then --resume, ends as an undisturbed run."""
     module.main([*command, "--out", str(out)])
     with monkeypatch.context() as context:
-        interrupt_at(context, module, 3)
+        interrupt_at(context, 3)
         with pytest.raises(SystemExit) as exit_info:
             module.main([*command, "--out", str(other_out)])
     assert exit_info.value.code == 130

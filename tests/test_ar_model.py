@@ -7,7 +7,7 @@ from scipy.stats import chisquare
 
 import ar_model
 from ar_model import ARConfig, ARModel, Block, filter_logits, generate, guide
-from tests.conftest import SIZES, K, M, check_resume, error_of, noisy
+from tests.conftest import IDS, SIZES, K, M, check_resume, error_of, noisy
 
 TINY = [*SIZES, "--batch-size", "4", "--save-every", "100"]
 
@@ -131,12 +131,10 @@ def test_loss_is_the_mean_of_minus_log_p(model, tokens):
     torch.testing.assert_close(loss, -total / 60)
 
 
-def test_heldout_loss_weighs_every_image_alike(model):
+def test_mean_loss_weighs_every_image_alike(model):
     tokens, labels = torch.randint(11, (260, 12)), torch.randint(3, (260,))
     whole = ar_model.next_token_loss(model, tokens, labels).item()
-    assert ar_model.heldout_loss(model, tokens, labels) == pytest.approx(
-        whole, rel=1e-5
-    )
+    assert ar_model.mean_loss(model, tokens, labels) == pytest.approx(whole, rel=1e-5)
 
 
 # --------------------------------------------------------------------------- generation
@@ -239,7 +237,7 @@ def test_a_tenth_of_the_classes_becomes_the_null_class():
 
 
 def test_only_matrices_decay(model):
-    decaying, others = ar_model.adamw(model).param_groups
+    decaying, others = ar_model.adamw(model, 1e-3).param_groups
     assert decaying["weight_decay"] == 0.05 and others["weight_decay"] == 0
     assert {p.ndim for p in decaying["params"]} == {2}
     assert {p.ndim for p in others["params"]} == {1}
@@ -250,14 +248,14 @@ def test_only_matrices_decay(model):
 def test_the_model_learns_a_sequence_by_heart(tokens):
     torch.manual_seed(0)
     model = ARModel(ARConfig(11, 3, [3, 4], layers=2, dim=32, heads=4))
-    optimizer = ar_model.adamw(model)
+    optimizer = ar_model.adamw(model, 1e-3)
     labels = torch.tensor([0, 1, 2])
     for _ in range(120):
         loss = ar_model.next_token_loss(model, tokens[:3], labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    # lr 1e-3, AdamW's own; what stays is the first token, of which the class tells all
+    # What stays is the first token, of which the class tells all
     assert loss.item() < 0.5
     assert torch.equal(generate(model, labels, torch.Generator(), top_k=1), tokens[:3])
 
@@ -273,7 +271,9 @@ def test_a_resumed_run_ends_with_the_same_weights(
     name = {"coarse": "coarse.pt", "fine": "baseline.pt"}[kind]
     command = [*TINY, "--labels", kind, "--steps", "6"]
     check_resume(monkeypatch, ar_model, name, command, out, other)
-    model, artifact = ar_model.load_ar(out / name, "cpu", codebook_id="the-codebook")
+    model, artifact = ar_model.load_ar(
+        out / name, "cpu", codebook_id=IDS["codebook_id"]
+    )
     assert model.head.out_features == vocabulary
     assert artifact["cluster_id"] == ("the-clusters" if kind == "coarse" else None)
     assert artifact["history"]["loss"][0] == pytest.approx(

@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 import cluster
 import tokenizer
 from cluster import kmeans, swap_within_clusters
-from tests.conftest import K
+from tests.conftest import IDS, K
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_random_clusters_have_the_same_sizes():
 @pytest.mark.parametrize("method", ["kmeans", "random"])
 def test_cluster_writes_a_map_of_the_codebook(out, method):
     cluster.main(["--out", str(out), "--clusters", "5", "--method", method])
-    artifact = cluster.load_clusters(out, "the-codebook")
+    artifact = cluster.load_clusters(out, IDS["codebook_id"])
     g = artifact["code_to_cluster"]
     assert g.shape == (K,) and sorted(g.unique()) == [0, 1, 2, 3, 4]
     codebook = tokenizer.load_tokenizer(out, torch.device("cpu"))[0].codebook
@@ -136,7 +136,7 @@ def test_the_best_of_several_runs_is_kept(out):
     def inertia(seed, restarts):
         flags = f"--clusters=5 --seed={seed} --restarts={restarts}".split()
         cluster.main(["--out", str(out), *flags])
-        artifact = cluster.load_clusters(out, "the-codebook")
+        artifact = cluster.load_clusters(out, IDS["codebook_id"])
         means = artifact["centroids"][artifact["code_to_cluster"]]
         return (codebook - means).square().sum().item()
 
@@ -151,5 +151,5 @@ def test_clusters_change_their_name_with_their_content(out):
         cluster.main(
             ["--out", str(out), "--clusters", str(clusters), "--method", method]
         )
-        names.add(cluster.load_clusters(out, "the-codebook")["cluster_id"])
+        names.add(cluster.load_clusters(out, IDS["codebook_id"])["cluster_id"])
     assert len(names) == 3

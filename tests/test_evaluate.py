@@ -24,17 +24,17 @@ def stand_ins(monkeypatch, out):
     test_set = torch.load(out / "tokens.pt", weights_only=True)
 
     def check(fine, labels, modulus):
-        """The held-out images, all of them, in order; g(q) is q % M."""
+        """The test images, all of them, in order; g(q) is q % M."""
         assert torch.equal(fine, test_set["test_fine"].long() % modulus)
         assert torch.equal(labels, test_set["test_labels"])
 
-    def heldout_loss(model, tokens, labels):
+    def mean_loss(model, tokens, labels):
         check(tokens, labels, model.config.vocabulary)
         return HELDOUT["coarse" if model.config.vocabulary == M else "baseline"]
 
-    def heldout_fine(model, fine, code_to_cluster, labels):
+    def mean_fine_loss(model, fine, labels):
         check(fine, labels, K)
-        assert torch.equal(code_to_cluster, torch.arange(K) % M)
+        assert torch.equal(model.code_to_cluster, torch.arange(K) % M)
         return [HELDOUT["fine"], 0.5]
 
     def swap_within_clusters(tokens, code_to_cluster, rng):
@@ -50,8 +50,8 @@ def stand_ins(monkeypatch, out):
 
     monkeypatch.setattr(sample, "sample_images", sample_images)
     monkeypatch.setattr(evaluate, "predict_fine", predict_fine)
-    monkeypatch.setattr(evaluate, "heldout_loss", heldout_loss)
-    monkeypatch.setattr(evaluate, "heldout_fine", heldout_fine)
+    monkeypatch.setattr(evaluate, "mean_loss", mean_loss)
+    monkeypatch.setattr(evaluate, "mean_fine_loss", mean_fine_loss)
     monkeypatch.setattr(evaluate, "swap_within_clusters", swap_within_clusters)
 
 
@@ -155,19 +155,20 @@ def test_precision_recall_of_equal_distant_and_narrow_sets(rng):
 
 
 def test_the_judge_learns_and_is_kept(images, tmp_path):
-    pixels, labels, _ = evaluate.load_images(str(images), "train", 16)
+    train_set, _ = evaluate.load_images(str(images), "train", 16)
     path = tmp_path / "classifier.pt"
     args, cpu = SimpleNamespace(judge_steps=40, seed=0), torch.device("cpu")
-    judge = evaluate.get_classifier(path, pixels, labels, 3, args, cpu)
-    test, test_labels, _ = evaluate.load_images(str(images), "test", 16)
+    judge = evaluate.get_classifier(path, train_set, 3, args, cpu)
+    (test, test_labels), _ = evaluate.load_images(str(images), "test", 16)
     features, logits = evaluate.look(judge, test, "cpu")
     assert (logits.argmax(1) == test_labels.numpy()).mean() > 0.9
     assert features.shape == (24, 128) and features.dtype == np.float64
     written = path.stat().st_mtime_ns
-    again = evaluate.get_classifier(path, pixels, labels, 3, args, cpu)
+    again = evaluate.get_classifier(path, train_set, 3, args, cpu)
     assert path.stat().st_mtime_ns == written  # read, not trained again
     np.testing.assert_array_equal(evaluate.look(again, test, "cpu")[1], logits)
-    evaluate.get_classifier(path, pixels.flip(0), labels, 3, args, cpu)
+    train_set = train_set._replace(x=train_set.x.flip(0))
+    evaluate.get_classifier(path, train_set, 3, args, cpu)
     assert path.stat().st_mtime_ns > written  # other images: another judge
 
 
@@ -180,13 +181,13 @@ def run(out, *flags):
 
 
 def test_metrics_of_sample_files(trained, images, capsys):
-    sample.main(["--out", str(trained), "--num-samples", "16", "--cfg-scale", "2"])
+    sample.main(["--out", str(trained), "--num-samples", "16", "--cfg-scales", "2"])
     flags = ["--out", str(trained), "--model", "baseline", "--num-samples", "12"]
     sample.main(flags)
     metrics = run(trained)
     assert metrics["protocol"]["num_samples"] == 12  # the smaller of the two
     assert metrics["protocol"]["num_real"] == 24
-    assert "12 samples, fewer than 128 feature dimensions" in capsys.readouterr().out
+    assert "12 samples, fewer than 128 features" in capsys.readouterr().out
     ctf, baseline = metrics["rows"]
     assert (ctf["model"], ctf["cfg_scale"], ctf["step"]) == ("ctf", 2.0, 7)
     assert baseline["model"] == "baseline"
@@ -204,8 +205,8 @@ def test_metrics_of_sample_files(trained, images, capsys):
     judge = evaluate.Classifier(3)
     kept = torch.load(trained / "classifier.pt", weights_only=True)
     judge.load_state_dict(kept["model"])
-    train, train_labels, _ = evaluate.load_images(str(images), "train", 16)
-    test, _, _ = evaluate.load_images(str(images), "test", 16)
+    (train, train_labels), _ = evaluate.load_images(str(images), "train", 16)
+    (test, _), _ = evaluate.load_images(str(images), "test", 16)
     features, logits = evaluate.look(judge.eval(), train[:12], "cpu")
     real = evaluate.look(judge, test, "cpu")[0]
     gaussians = [part for x in (real, features) for part in (x.mean(0), np.cov(x.T))]
@@ -221,13 +222,21 @@ def test_metrics_of_sample_files(trained, images, capsys):
     assert (trained / "metrics.png").stat().st_size > 1000
 
 
+def draw(out, *flags, models=("ctf", "baseline")):
+    """Sample files of the weights in out, 16 images each."""
+    for model in models:
+        command = ["--out", str(out), "--num-samples", "16", "--model", model]
+        sample.main([*command, *flags])
+
+
 def test_metrics_at_several_guidance_scales(trained):
-    flags = ["--cfg-scales", "1", "4", "--num-samples", "16"]
-    metrics = run(trained, *flags)
+    draw(trained, "--cfg-scales", "1", "4")
+    metrics = run(trained)
     rows = [(row["model"], row["cfg_scale"]) for row in metrics["rows"]]
     assert rows == [("ctf", 1), ("ctf", 4), ("baseline", 1), ("baseline", 4)]
     assert metrics["rows"][0]["fd"] != metrics["rows"][1]["fd"]
-    assert run(trained, *flags)["rows"][0]["fd"] == metrics["rows"][0]["fd"]
+    assert run(trained)["rows"][0]["fd"] == metrics["rows"][0]["fd"]
+    assert not (trained / "convergence.png").exists()
 
 
 def keep_copies(out, steps=(2, 4)):
@@ -242,32 +251,35 @@ def keep_copies(out, steps=(2, 4)):
 
 def test_kept_copies_are_judged_in_order(trained, capsys):
     keep_copies(trained)
-    flags = ["--judge-steps", "20", "--num-samples", "16", "--cfg-scales", "2"]
-    evaluate.main(["--out", str(trained), "--kept", *flags])
-    assert not (trained / "metrics.json").exists()
-    rows = json.loads((trained / "convergence.json").read_text())["rows"]
+    draw(trained, "--kept")
+    metrics = run(trained)
+    rows = metrics["rows"]
     facts = [(row["model"], row["step"], row["train_seconds"]) for row in rows]
     assert facts[:2] == [("ctf", 2, 2.0), ("ctf", 4, 4.0)]  # of both stages
     assert facts[2:] == [("baseline", 2, 1.0), ("baseline", 4, 2.0)]
+    assert (trained / "convergence.png").stat().st_size > 1000
     # The copies of step 4 have the final weights, those of step 2 others.
-    final = run(trained, *flags)["rows"]
+    for path in trained.glob("samples*"):
+        path.unlink()
+    draw(trained)
+    final = run(trained)["rows"]
     assert rows[1]["fd"] == final[0]["fd"] and rows[3]["fd"] == final[1]["fd"]
     assert rows[0]["fd"] != final[0]["fd"] and rows[2]["fd"] != final[1]["fd"]
-    assert (trained / "convergence.png").stat().st_size > 1000
 
     (trained / "fine-000002.pt").unlink()
-    command = "--out", trained, "--kept", *flags
-    code, message = error_of(capsys, evaluate.main, *command)
+    command = "--out", trained, "--kept", "--num-samples", "3"
+    code, message = error_of(capsys, sample.main, *command)
     assert code == 1 and "as many copies of coarse.pt as of fine.pt" in message
     keep_copies(trained)
     copy = torch.load(trained / "coarse-000004.pt", weights_only=True)
     torch.save(copy | {"settings": {"seed": 1}}, trained / "coarse-000004.pt")
-    code, message = error_of(capsys, evaluate.main, *command)
+    code, message = error_of(capsys, sample.main, *command)
     assert code == 1 and "coarse-000004.pt is of another run" in message
 
 
 def test_mean_of_seeds(trained, tmp_path, capsys):
-    metrics = run(trained, "--cfg-scales", "1", "3", "--num-samples", "16")
+    draw(trained, "--cfg-scales", "1", "3")
+    metrics = run(trained)
     folders = [tmp_path / name for name in ("a", "b", "c")]
     for folder, factor in zip(folders, (1, 2, 6)):
         changed = json.loads(json.dumps(metrics))
@@ -291,7 +303,7 @@ def test_mean_of_seeds(trained, tmp_path, capsys):
     (folders[1] / "metrics.json").write_text(json.dumps(other))
     command = "--out", tmp_path / "mean", "--mean-of", *folders
     code, message = error_of(capsys, evaluate.main, *command)
-    assert code == 1 and "differ in models, steps, guidance" in message
+    assert code == 1 and "differ in models, steps, settings" in message
     (folders[1] / "metrics.json").write_text("{")
     code, message = error_of(capsys, evaluate.main, *command)
     assert code == 1 and "b/metrics.json" in message
@@ -307,7 +319,7 @@ def test_the_best_guidance_scale_has_the_least_distance():
         for scale, fd in enumerate(fds)
     ]
     rows.append({"model": "baseline", "step": 1, "cfg_scale": 1, "fd": 9})
-    best = [(row["model"], row["cfg_scale"]) for row in evaluate.best_rows(rows, "fd")]
+    best = [(row["model"], row["cfg_scale"]) for row in evaluate.best_rows(rows)]
     assert best == [("ctf", 1), ("ctf", 0), ("baseline", 1)]
 
 
@@ -321,7 +333,7 @@ def test_stage_2_alone_starts_from_the_real_coarse_labels(trained, monkeypatch):
 
     monkeypatch.setattr(evaluate, "reconstruct", reconstruct)
     g, labels = torch.arange(K) % M, torch.arange(130) % 3
-    drawn = evaluate.stage2_alone(models, fine, g, labels, 7)
+    drawn = evaluate.stage2_alone(models, fine, labels, 7)
     generator = torch.Generator().manual_seed(7)
     parts = [(g[fine[:100]], labels[:100]), (g[fine[100:]], labels[100:])]
     wanted = [predict_fine(None, *part, generator) for part in parts]
@@ -329,7 +341,8 @@ def test_stage_2_alone_starts_from_the_real_coarse_labels(trained, monkeypatch):
 
 
 def test_more_samples_than_test_images_are_cut(trained):
-    metrics = run(trained, "--cfg-scales", "1", "--num-samples", "30")
+    sample.main(["--out", str(trained), "--num-samples", "30"])
+    metrics = run(trained)
     assert metrics["protocol"]["num_samples"] == 24
 
 

@@ -11,7 +11,6 @@ from tests.make_assignment import (
     blank,
     find,
     main,
-    table,
     write_assignment,
 )
 
@@ -49,10 +48,6 @@ def test_the_copy_says_what_to_do(tmp_path):
     readme = (tmp_path / "copy" / "README.md").read_text("utf-8")
     assert "make_assignment" not in readme and "For a course" not in readme
     assert "## One image, stage by stage\n" in readme and "\n## Citation\n" in readme
-
-
-def test_the_table_of_the_readme_is_the_current_one():
-    assert table() in (ROOT / "README.md").read_text("utf-8")
 
 
 def test_the_tests_that_the_table_names_exist():

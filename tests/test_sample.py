@@ -109,7 +109,7 @@ def test_batches_differ_from_each_other(trained):
 @pytest.mark.parametrize(
     ("flag", "value", "changes"),
     [
-        ("--cfg-scale", "1", "coarse"),
+        ("--cfg-scales", "1", "coarse"),
         ("--temperature", "0.01", "coarse"),
         ("--top-k", "1", "coarse"),
         ("--top-p", "0.05", "coarse"),
@@ -163,7 +163,7 @@ def test_tokens_not_yet_reached_hold_a_zero_code(trained):
 
 
 def test_anatomy_is_drawn(trained, capsys, monkeypatch):
-    logits = {"ar": torch.randn(2, T, M), "aux": torch.randn(2, T, K // M)}
+    logits = {"ar": torch.randn(1, T, M), "aux": torch.randn(1, T, K // M)}
     load_models = sample.load_models
 
     def with_known_logits(*args):

@@ -28,16 +28,16 @@ def unit_vectors(*shape):
 
 
 def test_glyphs_depend_on_the_seed_alone():
-    images, labels = tokenizer.draw_glyphs(40, 32, seed=3)
-    again, labels_again = tokenizer.draw_glyphs(40, 32, seed=3)
-    other, _ = tokenizer.draw_glyphs(40, 32, seed=4)
+    images, labels = tokenizer.paint_glyphs(40, 32, seed=3)
+    again, labels_again = tokenizer.paint_glyphs(40, 32, seed=3)
+    other, _ = tokenizer.paint_glyphs(40, 32, seed=4)
     assert torch.equal(images, again) and torch.equal(labels, labels_again)
     assert not torch.equal(images, other)
     assert labels.bincount().tolist() == [4] * 10
 
 
 def test_glyphs_show_the_digit_of_their_label():
-    images, labels = tokenizer.draw_glyphs(1000, 32, seed=0)
+    images, labels = tokenizer.paint_glyphs(1000, 32, seed=0)
     brightness = (
         images.amax(dim=-1).float().flatten(1)
     )  # ink is bright, whatever its hue
@@ -49,7 +49,9 @@ def test_glyphs_show_the_digit_of_their_label():
 
 def test_train_and_test_glyphs_differ(monkeypatch):
     monkeypatch.setattr(tokenizer, "GLYPH_COUNTS", {"train": 50, "test": 50})
-    train, test = (tokenizer.load_images("glyphs", s, 32)[0] for s in ("train", "test"))
+    train, test = (
+        tokenizer.load_images("glyphs", s, 32)[0].x for s in ("train", "test")
+    )
     assert (train.flatten(1).float() - test.flatten(1).float()).abs().mean() > 10
 
 
@@ -76,7 +78,7 @@ def test_folder_images_are_resized_and_cropped_in_the_centre(tmp_path):
     for i in range(10):
         Image.fromarray(stripes).save(tmp_path / "bee" / f"{i}.png")
         Image.fromarray(stripes[:, :16]).save(tmp_path / "ant" / f"{i}.png")
-    images, labels, classes = tokenizer.load_images(str(tmp_path), "train", 8)
+    (images, labels), classes = tokenizer.load_images(str(tmp_path), "train", 8)
     assert classes == ["ant", "bee"] and len(images) == len(labels) == 18
     assert images.shape[1:] == (8, 8, 3) and images.dtype == torch.uint8
     middle = images[:, 4, 4].tolist()
@@ -85,8 +87,8 @@ def test_folder_images_are_resized_and_cropped_in_the_centre(tmp_path):
 
 
 def test_folder_images_come_in_a_fixed_mixed_order(images):
-    _, labels, classes = tokenizer.load_images(str(images), "train", 16)
-    pixels, again, _ = tokenizer.load_images(str(images), "train", 16)
+    (_, labels), classes = tokenizer.load_images(str(images), "train", 16)
+    (pixels, again), _ = tokenizer.load_images(str(images), "train", 16)
     assert classes == ["ant", "bee", "cat"] and torch.equal(labels, again)
     assert labels.bincount().tolist() == [12, 12, 12]
     assert len(labels[:12].unique()) == 3  # a part of the data is of all classes
@@ -103,7 +105,7 @@ def test_a_folder_without_splits_is_split_90_to_10(tmp_path):
             )
     (tmp_path / "ant" / ".DS_Store").write_text("no image, but hidden")
     train, test = (
-        tokenizer.load_images(str(tmp_path), split, 8)[0][:, 0, 0, 0].tolist()
+        tokenizer.load_images(str(tmp_path), split, 8)[0].x[:, 0, 0, 0].tolist()
         for split in ("train", "test")
     )
     assert len(train) == 36 and len(test) == 4
@@ -295,7 +297,7 @@ def test_a_resumed_run_ends_with_the_same_weights(images, tmp_path, monkeypatch)
     tokens = [tokenizer.load(o / "tokens.pt", "tokenizer.py") for o in outs]
     assert torch.equal(tokens[0]["train_fine"], tokens[1]["train_fine"])
     assert tokens[0]["train_fine"].shape == (36, 16)
-    artifact = tokenizer.load(outs[0] / "tokenizer.pt", "tokenizer.py")
+    _, artifact = tokenizer.load_tokenizer(outs[0], torch.device("cpu"))
     assert artifact["codebook_id"] == tokens[0]["codebook_id"]
 
 
