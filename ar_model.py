@@ -13,7 +13,11 @@ Reads tokens.pt and clusters.pt; writes coarse.pt and coarse.png (or baseline.pt
 on the test images. The paper's sizes, --layers --dim --heads: 12 768 12 (B), 24 1024 16
 (L), 36 1280 20 (XL).
 
-TRACE
+One image all the way: class 0 and 64 coarse labels, 84, 84, 84, 106, ... (of the image
+that tokenizer.py and cluster.py follow). In go the class and the first 63, (1 + 63, dim);
+out come logits (64, V = 128). Row 27 has seen the class and tokens 0 to 26, and gives the
+right answer, cluster 11, a probability of 0.24: 1.44 nats. The loss is the mean over all
+rows. Guessing costs ln 128 = 4.85 nats each. (1 nat is 1.44 bits.)
 """
 
 import math
@@ -62,11 +66,14 @@ def rotary_table(grid, head_dim, base=10_000):
     Position 0 is the class token, which has no place in the grid: all angles are 0.
     """
     h, w = grid
-    n = head_dim // 4
-    frequencies = base ** -(torch.arange(n) / n)  # (head_dim / 4,)
-    rows = torch.arange(h).repeat_interleave(w)[:, None] * frequencies
-    columns = torch.arange(w).repeat(h)[:, None] * frequencies  # (T, head_dim / 4)
-    angles = F.pad(torch.cat([rows, columns], dim=1), (0, 0, 1, 0))
+    n = head_dim // 4  # head_dim / 2 pairs, half of them for the row
+    frequencies = base ** -(torch.arange(n) / n)  # (head_dim / 4,), 1 .. 1 / base
+    row = torch.arange(h).repeat_interleave(w)  # (T,): 0 0 0 1 1 1
+    column = torch.arange(w).repeat(h)  # (T,): 0 1 2 0 1 2
+    row_angles = row[:, None] * frequencies  # (T, head_dim / 4)
+    column_angles = column[:, None] * frequencies
+    angles = torch.cat([row_angles, column_angles], dim=1)  # (T, head_dim / 2)
+    angles = F.pad(angles, (0, 0, 1, 0))  # and zeros before: (T + 1, head_dim / 2)
     return torch.stack([angles.cos(), angles.sin()])
 
 
@@ -74,7 +81,8 @@ def rotate(x, rotary):
     """Turn the pairs (x[i], x[i + head_dim / 2]) of x (..., n, head_dim) by the angles
     of their position, rotary (2, n, head_dim / 2).
 
-    The product of a query and a key then depends on their distance (RoFormer, 2021).
+    The product of a query and a key then depends on the difference of their angles, and
+    so on how far apart they are, not on where (RoFormer, Su et al. 2021).
     """
     cos, sin = rotary.type_as(x)
     a, b = x.chunk(2, dim=-1)
@@ -136,8 +144,9 @@ class Block(nn.Module):
         causal = self.causal and n > 1
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         x = x + self.out(mixed.transpose(1, 2).reshape(B, n, dim))
+        # SwiGLU: one half says how much of the other half passes.
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)  # SwiGLU
+        return x + self.down(F.silu(gate) * up)
 
 
 class ARModel(nn.Module):
@@ -160,13 +169,17 @@ class ARModel(nn.Module):
 
     def forward(self, tokens, y):
         """The first n < T tokens (B, n) and the classes y (B,), int64 -> float32 logits
-        (B, n + 1, V). logits[:, t] predict token t from the class and tokens[:, :t]."""
+        (B, n + 1, V). logits[:, t] predict token t from the class and tokens[:, :t]: the
+        class token comes first, so n tokens in give n + 1 predictions."""
         class_token = self.class_embedding(y)[:, None]  # (B, 1, dim)
         x = torch.cat([class_token, self.token_embedding(tokens)], dim=1)
         return self.transformer(x)
 
     def transformer(self, x, begin=0, caches=None):
-        """Embeddings (B, n, dim) of n positions from begin on -> logits (B, n, V)."""
+        """Embeddings (B, n, dim) of n positions from begin on -> logits (B, n, V).
+
+        Position 0 is the class, t + 1 is token t; the last token is never an input.
+        """
         rotary = self.rotary[:, begin : begin + x.shape[1]]
         for i, block in enumerate(self.blocks):
             x = block(x, rotary, None if caches is None else caches[i])
@@ -195,7 +208,9 @@ def next_token_loss(model, tokens, y):
 def guide(cond, uncond, scale):
     """Classifier-free guidance (Ho and Salimans 2022) on logits of any shape.
 
-    Scale 1 is off, 0 forgets the class, above 1 exaggerates what the class changes.
+    The model knows the logits without a class too, as it was trained with a null class
+    now and then (drop_classes). The difference is what the class changes; scale 1 is
+    off, 0 forgets the class, above 1 exaggerates it.
     """
     return uncond + scale * (cond - uncond)
 
@@ -218,7 +233,9 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 def draw(logits, generator):
     """An index int64 (...,) for each row of logits (..., V), from softmax(logits)."""
-    # The Gumbel-max trick: exact, and 5 times as fast as torch.multinomial at V 4096.
+    # The Gumbel-max trick: if -ln(-ln u), u uniform, is added to each logit, each index
+    # is the largest with exactly its softmax probability. 5 times as fast as
+    # torch.multinomial at V = 4096.
     uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
     uniform = uniform.clamp(1e-20, 1 - 1e-7)  # neither log may be of 0
     return (logits - (-uniform.log()).log()).argmax(dim=-1)

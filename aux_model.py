@@ -12,7 +12,11 @@ of the fine labels of the test images right. The fine labels are independent giv
 coarse ones, p(q | c, y) is a product over tokens: what that costs can be read from the
 bits per token (evaluate.py).
 
-TRACE
+One image all the way: in go class 0 and its 64 coarse labels, 84, 84, 84, 106, ...; out
+come logits (64, S), S = 100 codes of the largest cluster. Row 27, of cluster 11, has 83
+codes to choose from. It has seen all 64 coarse labels, and gives the right answer, code
+1181, a probability of 0.18, more than any other: 1.72 nats, where guessing costs ln 83 =
+4.42.
 """
 
 import math

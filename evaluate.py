@@ -12,7 +12,10 @@ Reads what the other stages wrote; writes classifier.pt (the judge, trained once
 data set), metrics.json and metrics.png, and convergence.png if there are samples of
 kept copies (figure 2). On two CPU cores: a minute, FD 0.48.
 
-TRACE
+One image all the way: that 0, (3, 32, 32), becomes the judge's 128 features and 10 logits,
+of which that of 0 is the largest: it looks like the class that was asked for. 2,000 such
+rows of features have a mean (128,) and a covariance (128, 128); the Fréchet distance
+compares them with those of the 5,000 test images.
 """
 
 import json
@@ -86,7 +89,7 @@ def inception_score(logits, splits=10):
     """exp(mean_x KL(p(y|x) || p(y))) (Salimans et al. 2016), 1 up to the class count.
 
     logits (N, classes), of images in random or balanced order. Returns the mean and the
-    standard deviation over splits.
+    standard deviation over splits, ten as in the paper's code.
     """
     scores = []
     for part in np.array_split(logits, min(splits, len(logits))):
@@ -161,6 +164,7 @@ def train_classifier(train_set, num_classes, steps, seed, device):
         x = to_float(images)
         noise = torch.from_numpy(rng.standard_normal(x[32:96].shape, np.float32))
         x[:64] = gaussian_blur(x[:64], 3, rng.uniform(0.3, 1.0))
+        # 32 .. 64 are blurred and noisy, 96 .. 128 neither.
         x[32:96] += rng.uniform(0, 0.2) * noise.to(device)
         loss = F.cross_entropy(model(x)[1], y)
         if not math.isfinite(loss.item()):
@@ -236,6 +240,7 @@ def measure(images, y, network, judge, real_features, device):
     features, logits = look(network, images, device)
     judged = logits if judge is network else look(judge, images, device)[1]
     score, score_std = inception_score(logits)
+    # Recall rises with the number of samples: as many real ones as there are of these.
     precision, recall = precision_recall(real_features[: len(features)], features)
     return {
         "fd": frechet_distance(*gaussian(real_features), *gaussian(features)),
@@ -367,6 +372,7 @@ def judge_all(args, device):
             "cluster_id": clusters["cluster_id"],
         },
         "judge": {"test_accuracy": class_accuracy(judged, test_set.y)},
+        # What real images score that are not those compared with: the training images.
         "real": score(*train_set),
         "reconstruction": score(reconstructions, test_set.y),
         "swap": {name: score(images, test_set.y) for name, images in swapped.items()},
@@ -486,12 +492,24 @@ def average(values):
 # The table and the pictures
 
 MODEL_COLORS = {"ctf": "tab:orange", "baseline": "tab:blue"}
-IS_LABEL = "Inception Score: higher is better"
+AXIS_LABELS = {
+    "fd": "distance (log scale): lower is better",
+    "inception_score": "Inception Score: higher is better",
+    "class_accuracy": "seen as its class by the judge, %: higher is better",
+    "step": "training steps (CTF: of stage 1)",
+    "train_seconds": "training seconds (CTF: of both stages)",
+}
 
 
-def distance_name(protocol):
-    """ "FD"; "FID" only of Inception's features."""
-    return "FID" if protocol["features"] == "inception" else "FD"
+def describe(protocol):
+    """What all scores of a run have in common, for the title of a picture."""
+    name = "FID" if protocol["features"] == "inception" else "FD"
+    text = f"{protocol['num_samples']} images of each set against "
+    text += f"{protocol['num_real']} real test images of {Path(protocol['data']).name} "
+    text += f"({name}: features of the {protocol['features']})"
+    if "training_seeds" in protocol:
+        text += f"\nmean and standard deviation of {protocol['training_seeds']} runs"
+    return text
 
 
 def last_steps(rows):
@@ -510,15 +528,6 @@ def best_rows(rows):
     return list(best.values())
 
 
-def describe(protocol):
-    """What all scores of a run have in common, for the title of a picture."""
-    data, seeds = Path(protocol["data"]).name, protocol.get("training_seeds")
-    text = f"{protocol['num_samples']} images of each set against "
-    text += f"{protocol['num_real']} real test images of {data} "
-    text += f"(features: {protocol['features']})"
-    return text + (f"\nmean and standard deviation of {seeds} runs" if seeds else "")
-
-
 def named_sets(metrics, rows):
     """(name, colour, scores) of each set of images, in reading order."""
     sets = [
@@ -532,10 +541,9 @@ def named_sets(metrics, rows):
             sets.append((f"swap within {name} clusters", color, scores))
     if "stage2" in metrics:
         sets.append(("real coarse labels, fine drawn", "tab:olive", metrics["stage2"]))
-    kept = rows != last_steps(rows)
     for row in rows:
         name = f"{MODEL_NAMES[row['model']]} samples, guidance {row['cfg_scale']:g}"
-        if kept:
+        if rows != last_steps(rows):
             name += f", step {row['step']}"
         sets.append((name, MODEL_COLORS[row["model"]], row))
     return sets
@@ -545,7 +553,7 @@ def print_table(metrics):
     """One table on the terminal: a line for each set of images."""
     columns = ["precision", "recall", "bits/token", "params", "train s", "images/s"]
     head = "".join(f"{name:>11}" for name in columns)
-    distance = distance_name(metrics["protocol"])
+    distance = "FID" if metrics["protocol"]["features"] == "inception" else "FD"
     print(f"\n{'':40}{distance:>15}{'IS':>15}{'right class, %':>15}{head}")
     for name, _, row in named_sets(metrics, metrics["rows"]):
         line = f"{name:40}"
@@ -572,9 +580,11 @@ def plot_lines(ax, rows, x, y, note=None):
         bars = [row["std"][y] for row in own] if "std" in own[0] else None
         name = MODEL_NAMES[model]
         ax.errorbar(xs, ys, bars, color=color, marker="o", capsize=3, label=name)
-        if note:
-            for row in own:
-                ax.annotate(f" {row[note]:g}", (row[x], row[y]), va="bottom")
+        for row in own if note else []:
+            ax.annotate(f" {row[note]:g}", (row[x], row[y]), va="bottom")
+    ax.set(xlabel=AXIS_LABELS.get(x, x), ylabel=AXIS_LABELS.get(y, y))
+    if y == "fd":
+        ax.set_yscale("log")
     ax.legend()
 
 
@@ -583,16 +593,9 @@ def plot_convergence(path, metrics):
     steps and over seconds (the paper's figure 2)."""
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     figure.suptitle(describe(metrics["protocol"]))
-    axes, best = figure.subplots(2, 2), best_rows(metrics["rows"])
-    for row_axes, y in zip(axes, ("fd", "inception_score")):
+    for row_axes, y in zip(figure.subplots(2, 2), ("fd", "inception_score")):
         for ax, x in zip(row_axes, ("step", "train_seconds")):
-            plot_lines(ax, best, x, y)
-    distance = distance_name(metrics["protocol"])
-    axes[0, 0].set_ylabel(f"{distance} (log scale): lower is better")
-    for ax in axes[0]:
-        ax.set_yscale("log")
-    axes[1, 0].set(ylabel=IS_LABEL, xlabel="training steps (CTF: of stage 1)")
-    axes[1, 1].set_xlabel("training seconds (CTF: of both stages)")
+            plot_lines(ax, best_rows(metrics["rows"]), x, y)
     save_figure(path, figure)
 
 
@@ -610,18 +613,13 @@ def plot_metrics(path, metrics):
         values = [factor * row[key] for row in scores]
         bars = ax.barh(names, values, color=colors, log=key == "fd")
         ax.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
+        ax.set_xlabel(AXIS_LABELS[key])
         ax.invert_yaxis()
         ax.margins(x=0.2)
-    distance_label = distance_name(metrics["protocol"])
-    distance_label += " (log scale): lower is better"
-    axes[0, 0].set_xlabel(distance_label)
-    axes[0, 1].set_xlabel("seen as its class by the judge, %: higher is better")
     axes[0, 1].set(yticklabels=[], xlim=(0, 119), xticks=range(0, 101, 20))
     if several:
         plot_lines(axes[1, 0], rows, "inception_score", "fd", "cfg_scale")
         plot_lines(axes[1, 1], rows, "recall", "precision", "cfg_scale")
-        axes[1, 0].set(xlabel=IS_LABEL, ylabel=distance_label, yscale="log")
-        axes[1, 1].set(xlabel="recall", ylabel="precision")
         for ax in axes[1]:
             ax.set_title("numbers: guidance scale")
     save_figure(path, figure)
