@@ -375,8 +375,8 @@ def write_anatomy(out, models, data, sample, sample_fine, y, seed):
             ax.set_title(panel_title)
             if picture.ndim == 2:  # entropies
                 entropies = shown
-        label = "entropy, bits"
-        part.colorbar(entropies, ax=scale_ax, label=label, location="left")
+        bar = scale_ax.inset_axes([0.1, 0, 0.1, 1])
+        part.colorbar(entropies, cax=bar, label="entropy, bits")
     save_figure(out / "anatomy.png", figure)
 
 
