@@ -25,7 +25,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
@@ -33,6 +32,7 @@ from cluster import load_clusters
 from tokenizer import (
     CommandLine,
     Examples,
+    Figure,
     at_least,
     autocast,
     load,
@@ -319,10 +319,16 @@ def adamw(model, lr):
 @torch.no_grad()
 def mean_loss(model, tokens, y):
     """next_token_loss over all of tokens (N, T) and y (N,), a float."""
-    total = 0.0
-    for part, part_y in zip(tokens.split(64), y.split(64)):
+    total, size = 0.0, at_once(64, tokens)
+    for part, part_y in zip(tokens.split(size), y.split(size)):
         total += next_token_loss(model, part, part_y).item() * len(part)
     return total / len(tokens)
+
+
+def at_once(count, tokens):
+    """How many rows of tokens (N, T) to measure at once: count if T is 64, of longer
+    ones fewer, so that they take no more memory."""
+    return max(1, count * 64 // max(64, tokens.shape[1]))
 
 
 # --------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from ar_model import (
     Block,
     adamw,
+    at_once,
     draw,
     drop_classes,
     filter_logits,
@@ -215,7 +216,8 @@ def train(model, train_set, test_set, optimizer, args, checkpoint, path):
 def mean_fine_loss(model, fine, y):
     """fine_loss (nats, share) over all of fine (N, T) and y (N,), two floats."""
     total = torch.zeros(2)
-    for part, part_y in zip(fine.split(64), y.split(64)):
+    size = at_once(64, fine)
+    for part, part_y in zip(fine.split(size), y.split(size)):
         loss, right = fine_loss(model, part, part_y)
         total += len(part) * torch.tensor([loss.item(), right.item()])
     return (total / len(fine)).tolist()

@@ -19,12 +19,14 @@ In the default run token 27 of the first test image is the code 1181, and g(1181
 cluster of 83 codes.
 """
 
+import os
+
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from tokenizer import (
     CommandLine,
+    Figure,
     at_least,
     fail,
     load,
@@ -156,9 +158,29 @@ def load_clusters(out, codebook_id):
     return load(out / "clusters.pt", "cluster.py", codebook_id=codebook_id)
 
 
+def check_images(tokenizer, data, part, examples):
+    """Fail if examples, found at data, are not those that tokenizer.py read.
+
+    tokenizer: the artifact; part: "train", "test", or "first" for the first ten of the
+    test set.
+    """
+    # Of glyphs there is none: they are always alike, but for the roundings of a CPU.
+    fingerprint = tokenizer["data"].get("fingerprint", {})
+    if not fingerprint and data == tokenizer["data"]["name"]:
+        return
+    if fingerprint.get(part) != short_hash(*examples):
+        fail(
+            f"{data} has changed since python tokenizer.py: run it again, or say --data"
+        )
+
+
+MOVED = "where the images are now, if they have been moved"
+
+
 def main(argv=None):
     parser = CommandLine(__doc__)
     add = parser.add_argument
+    add("--data", type=os.path.expanduser, help=MOVED)
     add("--clusters", type=at_least(1), default=128, help="M")
     add("--method", choices=["kmeans", "random"], default="kmeans", help="the map g")
     add("--restarts", type=at_least(1), default=3, help="runs; the best is kept")
@@ -183,7 +205,9 @@ def main(argv=None):
     print(f"{share:.1%} of the variance of the codebook is within clusters")
 
     rng = np.random.default_rng(args.seed)
-    images, _ = load_images(data["name"], "test", data["image_size"])
+    where = args.data or data["name"]
+    images, _ = load_images(where, "test", data["image_size"])
+    check_images(tokenizer, where, "first", images.first(10))
     shown, fine = images.x[:10], test_tokens.x[:10].numpy()
     plot_swaps(args.out / "clusters.png", model, shown, fine, code_to_cluster, rng)
     if args.method == "random":

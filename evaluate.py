@@ -20,6 +20,7 @@ compares them with those of the 5,000 test images.
 
 import json
 import math
+import os
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -27,19 +28,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from matplotlib.figure import Figure
 from scipy.spatial.distance import cdist
 from scipy.special import log_softmax, logsumexp
 from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
-from ar_model import mean_loss
+from ar_model import at_once, mean_loss
 from aux_model import mean_fine_loss, predict_fine
-from cluster import load_clusters, random_clusters, swap_within_clusters
+from cluster import (
+    MOVED,
+    check_images,
+    load_clusters,
+    random_clusters,
+    swap_within_clusters,
+)
 from sample import FINE_SETTINGS, MODEL_NAMES, load_models, training_of
 from tokenizer import (
     CommandLine,
+    Figure,
     at_least,
     fail,
     learning_rate,
@@ -89,10 +96,12 @@ def inception_score(logits, splits=10):
     """exp(mean_x KL(p(y|x) || p(y))) (Salimans et al. 2016), 1 up to the class count.
 
     logits (N, classes), of images in random or balanced order. Returns the mean and the
-    standard deviation over splits, ten as in the paper's code.
+    standard deviation over splits, ten as in the paper's code. Fewer if N is small: a
+    split of two images cannot score more than 2.
     """
     scores = []
-    for part in np.array_split(logits, min(splits, len(logits))):
+    most = len(logits) // (2 * logits.shape[1])  # two images a class in each
+    for part in np.array_split(logits, max(1, min(splits, most))):
         log_p = log_softmax(np.asarray(part, np.float64), axis=1)  # log p(y|x)
         log_marginal = logsumexp(log_p, axis=0) - np.log(len(part))  # log p(y)
         kl = (np.exp(log_p) * (log_p - log_marginal)).sum(axis=1)
@@ -149,8 +158,8 @@ class Classifier(nn.Module):
         return features, self.head(features)
 
 
-def train_classifier(train_set, num_classes, steps, seed, device):
-    """A Classifier trained on images uint8 (N, H, W, 3) and their classes.
+def train_classifier(train_set, num_classes, steps, seed, device, B=128):
+    """A Classifier trained on images uint8 (N, H, W, 3) and their classes, B a step.
 
     Half of each batch is blurred a little, half is noisy (some are both): a judge that
     only saw crisp images would misread soft reconstructions.
@@ -160,12 +169,13 @@ def train_classifier(train_set, num_classes, steps, seed, device):
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     for step in tqdm(range(steps), "classifier"):
         rng = np.random.default_rng((seed, step))
-        images, y = train_set.batch(rng, 128).to(device)
+        images, y = train_set.batch(rng, B).to(device)
         x = to_float(images)
-        noise = torch.from_numpy(rng.standard_normal(x[32:96].shape, np.float32))
-        x[:64] = gaussian_blur(x[:64], 3, rng.uniform(0.3, 1.0))
-        # 32 .. 64 are blurred and noisy, 96 .. 128 neither.
-        x[32:96] += rng.uniform(0, 0.2) * noise.to(device)
+        blurred, noisy = x[: B // 2], x[B // 4 : 3 * B // 4]  # some both, some neither
+        noise = torch.from_numpy(rng.standard_normal(noisy.shape, np.float32))
+        if len(blurred):
+            blurred.copy_(gaussian_blur(blurred, 3, rng.uniform(0.3, 1.0)))
+        noisy += rng.uniform(0, 0.2) * noise.to(device)
         loss = F.cross_entropy(model(x)[1], y)
         if not math.isfinite(loss.item()):
             fail(f"the judge's loss is {loss.item()} at step {step}: nothing saved")
@@ -179,15 +189,15 @@ def train_classifier(train_set, num_classes, steps, seed, device):
 
 def get_classifier(path, train_set, num_classes, args, device):
     """The judge of these training images: read from path, or trained and kept there."""
-    steps, seed = args.judge_steps, args.seed
-    settings = {"data": short_hash(*train_set), "steps": steps, "seed": seed}
+    steps, seed, B = args.judge_steps, args.seed, min(128, args.batch_size)
+    settings = {"data": short_hash(*train_set), "steps": steps, "seed": seed, "B": B}
     if path.exists():
         artifact = load(path, "evaluate.py")
         if artifact["settings"] == settings:
             model = Classifier(num_classes)
             load_weights(model, artifact, path)
             return to_device(model.eval(), device)
-    model = train_classifier(train_set, num_classes, steps, seed, device)
+    model = train_classifier(train_set, num_classes, steps, seed, device, B)
     save(path, script="evaluate.py", model=model.state_dict(), settings=settings)
     return model
 
@@ -219,9 +229,11 @@ class Inception(nn.Module):
 
 
 @torch.inference_mode()
-def look(network, images, device):
-    """Images uint8 (N, H, W, 3) -> float64 features (N, F), logits (N, classes)."""
-    parts = [network(to_float(part.to(device))) for part in images.split(250)]
+def look(network, images, device, batch_size=250):
+    """Images uint8 (N, H, W, 3) -> float64 features (N, F), logits (N, classes), by
+    batch_size images at a time, or fewer if they are larger than 32x32."""
+    size = max(1, batch_size * 32**2 // max(32, images.shape[1]) ** 2)
+    parts = [network(to_float(part.to(device))) for part in images.split(size)]
     features, logits = (torch.cat(part).cpu().double().numpy() for part in zip(*parts))
     return features, logits
 
@@ -230,15 +242,17 @@ def look(network, images, device):
 # One set of images measured
 
 
-def measure(images, y, network, judge, real_features, device):
+def measure(images, y, network, judge, real_features, device, batch_size=250):
     """All scores of one set of images uint8 (N, H, W, 3) of classes y (N,).
 
     network gives the features of the distance, which are compared with those of real
     images (N', F), and the logits of the Inception Score; judge, a Classifier (it may
     be the same network), the class accuracy.
     """
-    features, logits = look(network, images, device)
-    judged = logits if judge is network else look(judge, images, device)[1]
+    features, logits = look(network, images, device, batch_size)
+    judged = logits
+    if judge is not network:
+        judged = look(judge, images, device, batch_size)[1]
     score, score_std = inception_score(logits)
     # Recall rises with the number of samples: as many real ones as there are of these.
     precision, recall = precision_recall(real_features[: len(features)], features)
@@ -299,7 +313,8 @@ def stage2_alone(models, fine, y, seed):
     aux = models["aux"]
     generator = torch.Generator(fine.device).manual_seed(seed)
     drawn = []
-    for part, part_y in zip(fine.split(100), y.split(100)):
+    size = at_once(100, fine)
+    for part, part_y in zip(fine.split(size), y.split(size)):
         coarse = aux.code_to_cluster[part]
         drawn.append(predict_fine(aux, coarse, part_y, generator, **FINE_SETTINGS))
     return reconstruct(models["vqvae"], torch.cat(drawn)).cpu()
@@ -322,6 +337,21 @@ def sample_sets(out, device):
         yield samples, models, artifacts
 
 
+def warn_of_shares(samples, real_y, class_names):
+    """Say so if the classes of samples are not as frequent as those of real images."""
+    C = len(class_names)
+    shares = [y.bincount(minlength=C) / len(y) for y in (samples["labels"], real_y)]
+    if (shares[0] - shares[1]).abs().sum() / 2 <= 0.1:
+        return
+    i = (shares[0] - shares[1]).abs().argmax()
+    here, there = (f"{share[i]:.0%}" for share in shares)
+    name = f"{MODEL_NAMES[samples['model']]} samples"
+    print(
+        f"warning: {here} of the {name} are of class {class_names[i]}, and {there} of"
+    )
+    print("the test images: the distance is far too high for that alone")
+
+
 def judge_all(args, device):
     """Everything that metrics.json holds."""
     vqvae, tokenizer = load_tokenizer(args.out, device)
@@ -332,10 +362,13 @@ def judge_all(args, device):
     sizes = [len(samples["images"]) for samples, _, _ in sample_sets(args.out, device)]
     if not sizes:
         fail(f"{args.out} has nothing to judge: run python sample.py first")
-    train_set, class_names = load_images(data["name"], "train", data["image_size"])
-    test_set, _ = load_images(data["name"], "test", data["image_size"])
+    where = args.data or data["name"]
+    train_set, class_names = load_images(where, "train", data["image_size"])
+    test_set, _ = load_images(where, "test", data["image_size"])
     if not torch.equal(test_set.y, tokens.y):
-        fail(f"{data['name']} has changed since python tokenizer.py: run it again")
+        fail(f"{where} has changed since python tokenizer.py: run it again")
+    check_images(tokenizer, where, "train", train_set)
+    check_images(tokenizer, where, "test", test_set)
     # A Fréchet distance depends on N: only equal numbers can be compared.
     N = min(*sizes, len(train_set.x), len(test_set.x))
     if N < 2:
@@ -346,16 +379,31 @@ def judge_all(args, device):
     network = judge
     if args.features == "inception":
         network = Inception(args.inception_weights).eval().to(device)
-    real_features, logits = look(network, test_set.x, device)
-    judged = logits if judge is network else look(judge, test_set.x, device)[1]
+    real_features, _ = look(network, test_set.x, device, args.batch_size)
+    _, judged = look(judge, test_set.x, device, args.batch_size)
     if N < real_features.shape[1]:
         print(f"warning: {N} samples, fewer than {real_features.shape[1]} features:")
         print("the covariance is singular, and the distance far too high")
 
-    def score(images, y):
-        """The scores of the first N images."""
-        return measure(images[:N], y[:N], network, judge, real_features, device)
+    void = []
+    if len(class_names) == 1:
+        print(
+            "warning: of one class there is nothing to tell apart, so the judge learns"
+        )
+        print(
+            "nothing: no class accuracy; no other scores but with --features inception"
+        )
+        void = ["class_accuracy"]
+        if judge is network:
+            void += ["fd", "precision", "recall"]
+            void += ["inception_score", "inception_score_std"]
 
+    def score(images, y):
+        """The scores of the first N images, nan if void."""
+        which = network, judge, real_features, device, args.batch_size
+        return measure(images[:N], y[:N], *which) | dict.fromkeys(void, math.nan)
+
+    accuracy = math.nan if void else class_accuracy(judged, test_set.y)
     fine, y = tokens.to(device)
     reconstructions = reconstruct(vqvae, fine).cpu()
     swapped = swaps(vqvae, fine[:N], clusters, args.seed)
@@ -371,7 +419,7 @@ def judge_all(args, device):
             "codebook_id": codebook_id,
             "cluster_id": clusters["cluster_id"],
         },
-        "judge": {"test_accuracy": class_accuracy(judged, test_set.y)},
+        "judge": {"test_accuracy": accuracy},
         # What real images score that are not those compared with: the training images.
         "real": score(*train_set),
         "reconstruction": score(reconstructions, test_set.y),
@@ -397,6 +445,7 @@ def judge_all(args, device):
             "seed": samples["seed"],
             "images_per_second": samples["images_per_second"],
         }
+        warn_of_shares(samples, test_set.y, class_names)
         images = samples["images"].permute(0, 2, 3, 1)
         row |= samples["settings"] | score(images, samples["labels"])
         metrics["rows"].append(row)
@@ -416,7 +465,13 @@ def main(argv=None):
     add("--mean-of", type=Path, nargs="+", metavar="OUT", help="average these runs")
     networks = ["classifier", "inception"]
     add("--features", choices=networks, default="classifier", help="of the distance")
-    add("--inception-weights", help="inception_v3_google-0cc3c7bd.pth, when offline")
+    add(
+        "--inception-weights",
+        type=os.path.expanduser,
+        help="inception_v3_google-0cc3c7bd.pth, when offline",
+    )
+    add("--batch-size", type=at_least(1), default=250, help="images at a time")
+    add("--data", type=os.path.expanduser, help=MOVED)
     add("--judge-steps", type=at_least(1), default=800, help="to train the classifier")
     args = parser.parse_args(argv)
     if args.mean_of:
@@ -433,7 +488,8 @@ def main(argv=None):
             "FID: torchvision's Inception v3, not the TensorFlow graph of the papers."
         )
     accuracy = metrics["judge"]["test_accuracy"]
-    print(f"The judge is right on {accuracy:.2%} of the real test images.")
+    if not math.isnan(accuracy):
+        print(f"The judge is right on {accuracy:.2%} of the real test images.")
     quality = metrics["reconstruction"]["psnr"]
     print(f"Reconstruction of all test images: {quality:.2f} dB.")
     with replacing(args.out / "metrics.json") as temporary:
@@ -559,11 +615,12 @@ def print_table(metrics):
         line = f"{name:40}"
         for key in ("fd", "inception_score", "class_accuracy"):
             factor = 100 if key == "class_accuracy" else 1
-            text = f"{factor * row[key]:.2f}"
+            text = f"{factor * row[key]:.2f}".replace("nan", "-")
             if "std" in row:  # over training seeds
                 text += f" ± {factor * row['std'][key]:.2f}"
             line += f"{text:>15}"
-        line += f"{row['precision']:11.3f}{row['recall']:11.3f}"
+        near = f"{row['precision']:11.3f}{row['recall']:11.3f}"
+        line += near.replace("nan", "  -")
         if "bits_per_token" in row:
             line += f"{row['bits_per_token']:11.3f}{row['parameters'] / 1e6:10.2f}M"
             line += f"{row['train_seconds']:11.0f}{row['images_per_second']:11.0f}"
@@ -592,7 +649,7 @@ def plot_convergence(path, metrics):
     """convergence.png: distance and Inception Score of the kept copies over training
     steps and over seconds (the paper's figure 2)."""
     figure = Figure(figsize=(12, 7.5), layout="constrained")
-    figure.suptitle(describe(metrics["protocol"]))
+    figure.suptitle(describe(metrics["protocol"]), parse_math=False)
     for row_axes, y in zip(figure.subplots(2, 2), ("fd", "inception_score")):
         for ax, x in zip(row_axes, ("step", "train_seconds")):
             plot_lines(ax, best_rows(metrics["rows"]), x, y)
@@ -606,13 +663,14 @@ def plot_metrics(path, metrics):
     best = best_rows(rows)
     several = len(rows) > len(best)
     figure = Figure(figsize=(12, 8 if several else 4.2), layout="constrained")
-    figure.suptitle(describe(metrics["protocol"]))
+    figure.suptitle(describe(metrics["protocol"]), parse_math=False)
     axes = figure.subplots(1 + several, 2, squeeze=False)
     names, colors, scores = zip(*named_sets(metrics, best))
     for ax, key, factor in zip(axes[0], ("fd", "class_accuracy"), (1, 100)):
         values = [factor * row[key] for row in scores]
         bars = ax.barh(names, values, color=colors, log=key == "fd")
-        ax.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
+        texts = [f"{value:.2f}".replace("nan", "-") for value in values]
+        ax.bar_label(bars, texts, padding=3)
         ax.set_xlabel(AXIS_LABELS[key])
         ax.invert_yaxis()
         ax.margins(x=0.2)

@@ -4,12 +4,12 @@ T + 1 steps (arXiv 2503.16194, figure 1c). With --model baseline: T steps over t
 labels themselves, then pixels.
 
     python sample.py                                # 2,000 images, all classes in turn
-    python sample.py --classes 3 7 --cfg-scales 4   # chosen classes, more guidance
+    python sample.py --classes 3 7 --cfg-scales 4   # classes by number or name, guidance
     python sample.py --cfg-scales 1 2 3 4           # a file for each: samples-cfg1.pt ..
     python sample.py --kept                         # of the copies of --keep-every
     python sample.py --num-samples 50000 --npz      # for the papers' own evaluators
 
-Reads tokenizer.pt, clusters.pt, coarse.pt and fine.pt (or baseline.pt); writes
+Reads tokenizer.pt, tokens.pt, clusters.pt, coarse.pt and fine.pt (or baseline.pt); writes
 samples.pt (images uint8 (N, 3, H, W), their classes (N,), coarse and fine labels
 (N, T)) and samples.png, or samples-baseline.pt and .png. --anatomy: anatomy.png; --npz:
 samples.npz and a folder of PNG files. About 180 images/s on two CPU cores.
@@ -21,22 +21,29 @@ stage 2 draws a code of each of these clusters, 3753, 1756, 1303, ..., token 27 
 """
 
 import math
+import os
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 from ar_model import generate, load_ar
 from aux_model import load_aux, predict_fine
-from cluster import load_clusters, random_clusters, swap_within_clusters
+from cluster import (
+    MOVED,
+    check_images,
+    load_clusters,
+    random_clusters,
+    swap_within_clusters,
+)
 from tokenizer import (
     CommandLine,
+    Figure,
     at_least,
     autocast,
     fail,
@@ -160,18 +167,20 @@ def main(argv=None):
     add("--kept", action="store_true", help="not the final weights: all kept copies")
     add("--num-samples", type=at_least(1), default=2000, help="images")
     add("--batch-size", type=at_least(1), default=100, help="images at a time")
-    add("--classes", type=at_least(0), nargs="+", help="class numbers; default: all")
+    which = "names or numbers; default: all, uneven classes as often as in the data"
+    add("--classes", type=class_text, nargs="+", help=which)
     guidance = SETTINGS["cfg_scale"]
     stage1 = "guidance of stage 1; 1: off; a file for each"
     add("--cfg-scales", type=scale, nargs="+", default=[guidance], help=stage1)
     add("--temperature", type=positive, default=1.0, help="of stage 1")
     add("--top-k", type=at_least(0), default=0, help=f"stage 1: {k}")
-    add("--top-p", type=positive, default=1.0, help=f"stage 1: {p}")
+    add("--top-p", type=at_least(1e-3, float, 1), default=1.0, help=f"stage 1: {p}")
     add("--fine-cfg-scale", type=scale, default=1.0, help="of stage 2; 1: off")
     add("--fine-temperature", type=positive, default=1.0, help="of stage 2")
     add("--fine-top-k", type=at_least(0), default=0, help="of stage 2; 0: off")
     add("--npz", action="store_true", help="also write samples.npz and a PNG folder")
     add("--anatomy", action="store_true", help="also show anatomy.png, stage by stage")
+    add("--data", type=os.path.expanduser, help=f"for --anatomy: {MOVED}")
     args = parser.parse_args(argv)
     if args.anatomy and args.model == "baseline":
         parser.error("--anatomy shows both stages, and the baseline has one")
@@ -200,11 +209,24 @@ def write_samples(args, stem, cfg_scale, files, models, artifacts):
     """Draw with the weights of files, and write out/stem.pt and what goes with it."""
     data = artifacts["vqvae"]["data"]
     class_names, data_name = data["classes"], Path(data["name"]).name
-    chosen = args.classes or list(range(len(class_names)))
-    if max(chosen) >= len(class_names):
-        last = len(class_names) - 1
-        fail(f"--classes {max(chosen)}: those of {data_name} are 0 to {last}")
-    y = torch.tensor(chosen)[torch.arange(args.num_samples) % len(chosen)]
+    ids = {"codebook_id": artifacts["vqvae"]["codebook_id"]}
+    named = [f"{i} {name}" for i, name in enumerate(class_names)]
+    if len(named) > 20:
+        named[20:] = [f"... {len(class_names) - 1}"]
+    if args.classes:
+        chosen = [class_number(text, class_names) for text in args.classes]
+        shares = [1] * len(chosen)
+        if None in chosen:
+            wrong = args.classes[chosen.index(None)]
+            fail(f"--classes {wrong}: those of {data_name} are {', '.join(named)}")
+    else:
+        test_set, _ = load_tokens(args.out, "test", **ids)
+        shares = test_set.y.bincount(minlength=len(class_names)).tolist()
+        chosen = list(range(len(class_names)))
+    y = torch.tensor(chosen)[in_turn(shares, args.num_samples)]
+    print(f"classes: {', '.join(named)}")
+    if len(set(shares)) > 1:
+        print("drawn as often as they are in the test set")
     settings = {
         "cfg_scale": cfg_scale,
         "temperature": args.temperature,
@@ -246,7 +268,40 @@ def write_samples(args, stem, cfg_scale, files, models, artifacts):
     if args.npz:
         write_npz(path, images)
     if args.anatomy:
-        write_anatomy(args.out, models, data, images[0], fine[:1], y[:1], args.seed)
+        where = args.data or data["name"]
+        test_set, _ = load_images(where, "test", data["image_size"])
+        check_images(artifacts["vqvae"], where, "test", test_set)
+        sample = images[0], fine[:1], y[:1]
+        write_anatomy(args.out, models, test_set, class_names, *sample, args.seed)
+
+
+def class_text(text):
+    """An argparse type: the name of a class, or its number."""
+    if text.lstrip("-").isdecimal():
+        at_least(0)(text)
+    return text
+
+
+def class_number(text, class_names):
+    """The number of the class that text names, by name or number; None if there is none."""
+    if text in class_names:
+        return class_names.index(text)
+    is_number = text.isdecimal() and int(text) < len(class_names)
+    return int(text) if is_number else None
+
+
+def in_turn(shares, count):
+    """count indices of shares, each as often as its share says, well mixed: int64 (N,).
+
+    Equal shares: 0 1 2 0 1 2. Shares 2 and 1: 0 1 0 0 1 0.
+    """
+    shares = torch.tensor(shares, dtype=torch.float64)
+    shares /= shares.sum()
+    # Index i is due for the j-th time in the middle of the j-th part of length 1 / share.
+    often = [math.ceil(count * share) for share in shares.tolist()]
+    due = [(torch.arange(n) + 0.5) / share for n, share in zip(often, shares)]
+    order = torch.cat(due).argsort(stable=True)[:count]
+    return torch.arange(len(shares)).repeat_interleave(torch.tensor(often))[order]
 
 
 def write_npz(path, images):
@@ -272,13 +327,14 @@ def plot_samples(path, title, images, y, class_names):
     rows = [images[y == class_number][:10] for class_number in shown]
     columns = max(len(row) for row in rows)
     figure = Figure(figsize=(1.5 + columns, 0.5 + len(rows)), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[], frame_on=False)
     for class_number, row, row_axes in zip(shown, rows, axes):
         name = f"class {class_names[class_number]}"
-        row_axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        place = {"rotation": 0, "ha": "right", "va": "center"}
+        row_axes[0].set_ylabel(name, **place, parse_math=False)
         for ax, image in zip(row_axes, row.numpy()):
             ax.imshow(image)
     save_figure(path, figure)
@@ -347,11 +403,10 @@ def anatomy(models, image, fine, y, rng):
     return {title: picture.cpu().numpy() for title, picture in pictures.items()}
 
 
-def write_anatomy(out, models, data, sample, sample_fine, y, seed):
-    """anatomy.png: the anatomy of a real image of class y (1,), and of a sample of it
-    with fine labels (1, T)."""
+def write_anatomy(out, models, test_set, class_names, sample, sample_fine, y, seed):
+    """anatomy.png: the anatomy of a real image of class y (1,) of test_set, and of a
+    sample of it with fine labels (1, T)."""
     device = models["vqvae"].codebook.device
-    test_set, class_names = load_images(data["name"], "test", data["image_size"])
     tokens, _ = load_tokens(out, "test")
     i = (test_set.y == y).nonzero()[0, 0]
     rows = {
@@ -364,7 +419,7 @@ def write_anatomy(out, models, data, sample, sample_fine, y, seed):
     figure.suptitle(f"{T} tokens, each one of K = {K} codes in M = {M} clusters")
     rng = np.random.default_rng(seed)
     for part, (title, (image, fine)) in zip(figure.subfigures(2, 1), rows.items()):
-        part.suptitle(f"{title} of class {class_names[y]}")
+        part.suptitle(f"{title} of class {class_names[y]}", parse_math=False)
         axes = list(part.subplots(2, 6).flat)
         for ax in axes:
             ax.set(xticks=[], yticks=[], frame_on=False)

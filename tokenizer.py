@@ -29,6 +29,7 @@ import argparse
 import hashlib
 import math
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -36,20 +37,26 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from matplotlib.colors import hsv_to_rgb
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, Resize
 from tqdm import tqdm
+
+try:
+    import matplotlib
+except ValueError:  # a notebook's MPLBACKEND, not installed here; files need none
+    os.environ["MPLBACKEND"] = "agg"
+    import matplotlib
+from matplotlib.colors import hsv_to_rgb
+from matplotlib.figure import Figure  # the other files take it from here
 
 # --------------------------------------------------------------------------------------
 # The model
@@ -120,6 +127,8 @@ class VQVAE(nn.Module):
         # Of the vectors that chose each code: how many, and their sum (moving averages).
         self.register_buffer("moving_count", torch.ones(len(codes)))  # (K,)
         self.register_buffer("moving_sum", codes.clone())  # (K, d)
+        # Images measured at a time: of large ones fewer, which take no more memory.
+        self.at_once = max(1, 250 * 32**2 // max(32, config.image_size) ** 2)
         side = config.image_size // config.downsample
         self.grid = (side, side)  # (h, w), T = h * w
 
@@ -209,7 +218,7 @@ class VQVAE(nn.Module):
         K, T = len(self.codebook), math.prod(self.grid)
         count = max(64, K // T + 1)  # 64: not all codes from two or three images
         some = torch.from_numpy(rng.integers(len(images), size=count))
-        parts = some.to(images.device).split(250)
+        parts = some.to(images.device).split(self.at_once)
         vectors = [as_rows(self.encode(to_float(images[part]))) for part in parts]
         vectors = torch.cat(vectors)  # (>= K, d)
         chosen = torch.from_numpy(rng.permutation(len(vectors))[:K])
@@ -251,21 +260,22 @@ def to_uint8(x):
 @torch.inference_mode()
 def tokenize(model, images):
     """Images uint8 (N, H, W, 3) -> their fine labels int64 (N, T)."""
-    parts = [model.encode(to_float(part)) for part in images.split(250)]
+    parts = [model.encode(to_float(part)) for part in images.split(model.at_once)]
     return torch.cat([model.quantize(z)[1] for z in parts])
 
 
 @torch.inference_mode()
 def reconstruct(model, fine):
     """Fine labels int64 (N, T) -> images uint8 (N, H, W, 3). The way back."""
-    parts = [to_uint8(model.decode(model.codes(part))) for part in fine.split(250)]
-    return torch.cat(parts)
+    codes = (model.codes(part) for part in fine.split(model.at_once))
+    return torch.cat([to_uint8(model.decode(z_q)) for z_q in codes])
 
 
 def psnr(images, others):
     """Peak signal-to-noise ratio in dB, mean over images; uint8 (N, H, W, 3)."""
-    error = (images.float() - others.float()).square().mean(dim=(1, 2, 3))  # (N,)
-    error = error.clamp(min=1e-3)  # equal images: 78 dB, not infinitely many
+    pairs = zip(images.split(100), others.split(100))
+    parts = [(a.float() - b.float()).square().mean(dim=(1, 2, 3)) for a, b in pairs]
+    error = torch.cat(parts).clamp(min=1e-3)  # equal images: 78 dB, not infinitely many
     return (10 * (255**2 / error).log10()).mean().item()
 
 
@@ -337,7 +347,8 @@ def main(argv=None):
     parser = CommandLine(__doc__)
     add = parser.add_argument
     default = VQVAEConfig()
-    add("--data", default="glyphs", help="mnist, fashion_mnist, cifar10, or a folder")
+    known = "mnist, fashion_mnist, cifar10, or a folder"
+    add("--data", type=os.path.expanduser, default="glyphs", help=known)
     add("--image-size", type=at_least(8), default=default.image_size, help="pixels")
     factors, side = [2, 4, 8, 16], "pixels per token, along a side"
     add("--downsample", type=int, choices=factors, default=4, help=side)
@@ -360,11 +371,18 @@ def main(argv=None):
     checkpoint = start_or_resume(args, path, model, optimizer, "tokenizer.py")
 
     train_set, class_names = load_images(args.data, "train", args.image_size)
-    test_set, test_names = load_images(args.data, "test", args.image_size)
-    if test_names != class_names:
-        fail(f"{args.data}: train and test do not have the same class folders")
+    test_set, _ = load_images(args.data, "test", args.image_size)
+    sets = {"train": train_set, "test": test_set, "first": test_set.first(10)}
+    if args.data == "glyphs":  # always alike, but for what another CPU rounds otherwise
+        sets = {}
+    fingerprint = {name: short_hash(*examples) for name, examples in sets.items()}
+    before = load(path, "tokenizer.py")["data"] if args.resume else {}
+    if before.get("fingerprint", fingerprint) != fingerprint:
+        fail(f"--resume: {path} was trained on other images than those of {args.data}")
     train_set, test_set = train_set.to(device), test_set.to(device)
     print(f"{args.data}: {len(train_set.x)} + {len(test_set.x)} images, on {device}")
+    first_few = [f"{i} {name}" for i, name in enumerate(class_names[:10])]
+    print(f"{len(class_names)} classes: {', '.join(first_few)}")
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, {args.codebook_size} codes")
     modules = (torch, torchvision, np, matplotlib)  # what paints and reads the images
@@ -372,6 +390,7 @@ def main(argv=None):
         "name": args.data,
         "image_size": args.image_size,
         "classes": class_names,
+        "fingerprint": fingerprint,
         "versions": {module.__name__: str(module.__version__) for module in modules},
     }
 
@@ -442,40 +461,102 @@ def load_images(data, split, image_size):
 
 def load_folder(root, split, image_size):
     """load_images for a folder: resized to the short side, the centre cut out."""
-    folder = root
-    if (root / "train").is_dir():
-        folder = root / split
-        if split == "test" and not folder.is_dir():
-            folder = root / "val"
-    try:  # a file that is not hidden must be an image: none is skipped silently
-        dataset = torchvision.datasets.ImageFolder(
-            folder, is_valid_file=lambda path: Path(path).name[0] != "."
-        )
-    except OSError as error:
-        known = "a known data set, nor class folders of images"
-        fail(f"{folder}: not {known} ({reason(error)})")
-    # Shuffled, always alike: the first 1,000 of them shall be of all classes.
-    order = np.random.default_rng(0).permutation(len(dataset.samples))
-    files = [dataset.samples[i] for i in order]
-    if folder == root:  # no splits: a tenth for testing
-        tenth = len(files) // 10
-        files = files[:tenth] if split == "test" else files[tenth:]
-    if not files:
-        fail(f"{folder} has too few images to split them 90/10")
+    files, class_names = find_images(root)
+    own, other = files[split], files["test" if split == "train" else "train"]
+    images = torch.empty(len(own), image_size, image_size, 3, dtype=torch.uint8)
+    broken = []
+    for i, (path, _) in enumerate(tqdm(own, f"read {split} images", disable=None)):
+        image = read_image(path, image_size)
+        if isinstance(image, str):
+            broken.append(image)
+        else:
+            images[i] = image
+    if broken:  # all there are, to be mended at once
+        others = [read_image(path, image_size) for path, _ in other]
+        broken += [text for text in others if isinstance(text, str)]
+        fail(f"{len(broken)} files to remove or mend: {', '.join(broken[:10])}")
+    y = torch.tensor([class_number for _, class_number in own])
+    return Examples(images, y), class_names
+
+
+def read_image(path, image_size):
+    """The image in a file, uint8 (H, W, 3), on white; a text that says why, if none."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode[0] in "IF":  # integers or floats, which convert would clip
+                x = np.array(image, np.float32).clip(min=0)
+                top = max(x.max(), 65535 if image.mode[0] == "I" else 1)
+                image = Image.fromarray((x * (255 / top)).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            image = image.convert("RGB")
+    except Exception as error:  # noqa: BLE001  Pillow raises five kinds
+        return f"{path} is no readable image ({type(error).__name__})"
+    if min(image.size) < image_size:
+        size = f"{image.width}x{image.height}"
+        return f"{path} has {size} pixels, fewer than --image-size {image_size}"
     resize = Compose([Resize(image_size), CenterCrop(image_size)])
-    images = torch.empty(len(files), image_size, image_size, 3, dtype=torch.uint8)
-    for i, (path, _) in enumerate(tqdm(files, f"read {split} images", disable=None)):
-        try:
-            with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
-        except Exception as error:  # noqa: BLE001  Pillow raises five kinds
-            fail(f"{path} is no readable image ({type(error).__name__}): remove it")
-        if min(image.size) < image_size:
-            size = f"{image.width}x{image.height}"
-            fail(f"{path} has {size} pixels, fewer than --image-size {image_size}")
-        images[i] = torch.from_numpy(np.array(resize(image)))
-    y = torch.tensor([class_number for _, class_number in files])
-    return Examples(images, y), dataset.classes
+    return torch.from_numpy(np.array(resize(image)))
+
+
+def find_images(root):
+    """The images of a folder, {"train": [(file, class number), ...], "test": [...]},
+    and the class names. Fails in one line if a class lacks images of either split."""
+    found = []
+    for folder in find_splits(root):
+        classes = sorted(visible(folder, "*/"), key=natural)
+        found.append(
+            {c.name: [f for f in visible(c, "**") if f.is_file()] for c in classes}
+        )
+    if len(found) == 1:  # no splits: of each class every tenth file is for testing
+        found.append({name: files[::10] for name, files in found[0].items()})
+        for files in found[0].values():
+            del files[::10]
+    names = list(found[0] | found[1])
+    if not names:
+        fail(f"{root}: not a known data set, nor class folders of images")
+    lacking = [name for name in names if not all(part.get(name) for part in found)]
+    if lacking:
+        same = "train and test do not have the same class folders, or too few images"
+        fail(f"{root}: {same}: {', '.join(lacking[:10])}")
+    files = {}
+    for split, classes in zip(("train", "test"), found):
+        pairs = [(path, y) for y, name in enumerate(names) for path in classes[name]]
+        # Shuffled, always alike: the first 1,000 of them shall be of all classes.
+        order = np.random.default_rng(0).permutation(len(pairs))
+        files[split] = [pairs[i] for i in order]
+    return files, names
+
+
+def find_splits(root):
+    """The folders of class folders: [training, test], or one that is yet to be split."""
+    inner = visible(root, "*/")
+    deep = [folder for folder in inner if visible(folder, "*/")]
+    if len(inner) == len(deep) == 1:  # a folder too many, as zip files have
+        return find_splits(inner[0])
+    # Train, test_images, validation, ...; but a class of that name has no folders.
+    train = [f for f in deep if "train" in f.name.lower()]
+    test = [f for word in ("test", "val") for f in deep if word in f.name.lower()]
+    if train and (test or len(deep) == 1):
+        return [find_splits(named[0])[0] for named in (train, test) if named]
+    return [root]
+
+
+def visible(folder, pattern):
+    """What glob finds in folder. It skips hidden things; here go the system's own."""
+    junk = {"thumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir"}
+    names = sorted(glob(pattern, root_dir=folder, recursive=True))
+    return [
+        folder / name for name in names if junk.isdisjoint(Path(name.lower()).parts)
+    ]
+
+
+def natural(path):
+    """A key for sorting that puts 2 before 10."""
+    return re.sub(r"\d+", lambda digits: digits[0].zfill(12), path.name)
 
 
 # The text fonts with digits that ship inside matplotlib.
@@ -649,6 +730,9 @@ def interruptible():
     A second Ctrl-C ends the program at once.
     """
     stop, previous = threading.Event(), signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # Ctrl-C never comes here, and signal.signal is refused
+        return
 
     def on_interrupt(*_):
         """The first Ctrl-C; from then on it does what it did before."""
@@ -676,11 +760,12 @@ def start_or_resume(args, path, model, optimizer, script, **ids):
     if not os.access(path.parent, os.W_OK):
         fail(f"--out {path.parent} cannot be written to")
     # Everything that decides the weights.
-    others = ("out", "device", "save_every", "keep_every", "resume", "compile")
+    others = "out", "data", "device", "save_every", "keep_every", "resume", "compile"
     settings = {k: v for k, v in vars(args).items() if k not in others} | ids
     checkpoint = {"script": script.split()[0], "config": asdict(model.config), **ids}
     checkpoint |= {"settings": settings, "step": 0, "seconds": 0.0}
     checkpoint["history"] = {"loss": [], "test": []}
+    checkpoint["replaces"] = None if args.resume else path  # until the first save
     if args.resume:
         saved = load(path, script)
         for name, value in settings.items():
@@ -700,8 +785,27 @@ def save_checkpoint(path, model, optimizer, checkpoint):
     """
     if not all(weight.isfinite().all() for weight in model.state_dict().values()):
         fail(f"a weight is not finite; {path} is of the last save, if any")
+    replaced = checkpoint.pop("replaces", None)
+    if replaced:
+        set_aside(replaced)
     states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     save(path, **states, **checkpoint)
+
+
+def set_aside(path):
+    """A finished run in path, with its copies and tokens, gets other names: *.old.pt."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        is_finished = saved["step"] >= saved["settings"]["steps"]
+    except Exception:  # noqa: BLE001  none there, or none that can be read
+        is_finished = False
+    family = ["tokenizer", "tokens"] if path.stem == "tokenizer" else [path.stem]
+    for file in list(path.parent.glob("*.pt")) if is_finished else []:
+        stem, dash, step = file.stem.partition("-")
+        if stem in family:
+            os.replace(file, file.with_name(f"{stem}.old{dash}{step}.pt"))
+    if is_finished:
+        tqdm.write(f"the finished run of {path} is kept as {path.stem}.old.pt")
 
 
 def load_tokenizer(out, device):
@@ -802,7 +906,10 @@ class CommandLine(argparse.ArgumentParser):
             description=doc.split("\n")[0],
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        self.add_argument("--out", type=Path, default="out", help="folder of artifacts")
+        if hasattr(sys.stdout, "reconfigure"):  # for terminals that lack a character
+            sys.stdout.reconfigure(errors="replace")
+        home = lambda text: Path(os.path.expanduser(text))
+        self.add_argument("--out", type=home, default="out", help="folder of artifacts")
         self.add_argument("--seed", type=at_least(0), default=0, help="of everything")
         self.add_argument("--device", default="auto", help="auto: cuda, mps, or cpu")
 
@@ -822,14 +929,14 @@ class CommandLine(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
-def at_least(low, kind=int):
-    """An argparse type: a number from low up to what fits in 63 bits."""
+def at_least(low, kind=int, high=2**63 - 1):
+    """An argparse type: a number from low to high, which fits in 63 bits."""
 
     def parse(text):
         """The number in text; raises ArgumentTypeError if it is out of range."""
         number = kind(text)
-        if not low <= number < 2**63:
-            raise argparse.ArgumentTypeError(f"{text} is not in {low} .. 2^63")
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low} .. {high:g}")
         return number
 
     parse.__name__ = kind.__name__  # argparse prints it: "invalid int value: 'x'"
@@ -874,9 +981,18 @@ def reason(error):
 
 
 def run_script(main):
-    """Call main() of a script; Ctrl-C outside of a training loop is no traceback."""
+    """Call main() of a script; no traceback for Ctrl-C outside of a training loop, nor
+    for a lack of memory."""
     try:
         main()
+    except (MemoryError, RuntimeError) as error:
+        text = f"{type(error).__name__} {error}"
+        if not re.search(
+            "memoryerror|(out of|enough|allocate) memory", text, re.IGNORECASE
+        ):
+            raise
+        data = "tokenizer.py with a smaller --image-size"
+        fail(f"out of memory: choose a smaller --batch-size, or {data}")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
