@@ -38,8 +38,8 @@ from tokenizer import (
     load,
     load_tokens,
     load_weights,
+    no_traceback,
     pick_device,
-    run_script,
     save_figure,
     start_or_resume,
     training_steps,
@@ -348,6 +348,7 @@ def parse_args(parser, config, argv):
     return args
 
 
+@no_traceback()
 def main(argv=None):
     parser = CommandLine(__doc__)
     which = ["coarse", "fine"]
@@ -419,4 +420,4 @@ def plot_curves(path, title, history, guess):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

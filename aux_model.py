@@ -47,8 +47,8 @@ from tokenizer import (
     load,
     load_tokens,
     load_weights,
+    no_traceback,
     pick_device,
-    run_script,
     start_or_resume,
     training_steps,
 )
@@ -245,6 +245,7 @@ def guessing(code_to_cluster, fine, test_fine):
 # The script
 
 
+@no_traceback()
 def main(argv=None):
     parser = CommandLine(__doc__)
     parser.add_training_flags(steps=1000, batch_size=32, lr=3e-3)
@@ -287,4 +288,4 @@ def load_aux(path, code_to_cluster, device, **ids):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -33,9 +33,9 @@ from tokenizer import (
     load_images,
     load_tokenizer,
     load_tokens,
+    no_traceback,
     pick_device,
     reconstruct,
-    run_script,
     save,
     save_figure,
     short_hash,
@@ -177,6 +177,7 @@ def check_images(tokenizer, data, part, examples):
 MOVED = "where the images are now, if they have been moved"
 
 
+@no_traceback()
 def main(argv=None):
     parser = CommandLine(__doc__)
     add = parser.add_argument
@@ -264,4 +265,4 @@ def plot_swaps(path, model, images, fine, code_to_cluster, rng):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -43,7 +43,7 @@ from cluster import (
     random_clusters,
     swap_within_clusters,
 )
-from sample import FINE_SETTINGS, MODEL_NAMES, load_models, training_of
+from sample import FINE_SETTINGS, MODEL_NAMES, literal, load_models, training_of
 from tokenizer import (
     CommandLine,
     Figure,
@@ -55,12 +55,12 @@ from tokenizer import (
     load_tokenizer,
     load_tokens,
     load_weights,
+    no_traceback,
     pick_device,
     psnr,
     reason,
     reconstruct,
     replacing,
-    run_script,
     save,
     save_figure,
     short_hash,
@@ -459,6 +459,7 @@ def judge_all(args, device):
     return metrics
 
 
+@no_traceback()
 def main(argv=None):
     parser = CommandLine(__doc__)
     add = parser.add_argument
@@ -649,7 +650,7 @@ def plot_convergence(path, metrics):
     """convergence.png: distance and Inception Score of the kept copies over training
     steps and over seconds (the paper's figure 2)."""
     figure = Figure(figsize=(12, 7.5), layout="constrained")
-    figure.suptitle(describe(metrics["protocol"]), parse_math=False)
+    figure.suptitle(literal(describe(metrics["protocol"])))
     for row_axes, y in zip(figure.subplots(2, 2), ("fd", "inception_score")):
         for ax, x in zip(row_axes, ("step", "train_seconds")):
             plot_lines(ax, best_rows(metrics["rows"]), x, y)
@@ -663,7 +664,7 @@ def plot_metrics(path, metrics):
     best = best_rows(rows)
     several = len(rows) > len(best)
     figure = Figure(figsize=(12, 8 if several else 4.2), layout="constrained")
-    figure.suptitle(describe(metrics["protocol"]), parse_math=False)
+    figure.suptitle(literal(describe(metrics["protocol"])))
     axes = figure.subplots(1 + several, 2, squeeze=False)
     names, colors, scores = zip(*named_sets(metrics, best))
     for ax, key, factor in zip(axes[0], ("fd", "class_accuracy"), (1, 100)):
@@ -684,4 +685,4 @@ def plot_metrics(path, metrics):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -50,10 +50,10 @@ from tokenizer import (
     load_images,
     load_tokenizer,
     load_tokens,
+    no_traceback,
     pick_device,
     reconstruct,
     replacing,
-    run_script,
     save,
     save_figure,
     to_uint8,
@@ -155,6 +155,7 @@ def kept_copies(out, model_name):
     return [list(files) for files in zip(*copies)]
 
 
+@no_traceback()
 def main(argv=None):
     parser = CommandLine(__doc__)
     add = parser.add_argument
@@ -320,6 +321,11 @@ def write_npz(path, images):
 # Pictures
 
 
+def literal(text):
+    """text as matplotlib shows it as it is: with $, and what Unicode does not know."""
+    return text.encode(errors="replace").decode().replace("$", r"\$")
+
+
 def plot_samples(path, title, images, y, class_names):
     """A grid with a row per class: the first 10 images uint8 (N, H, W, 3) of each of
     the first 10 classes among y (N,)."""
@@ -327,14 +333,13 @@ def plot_samples(path, title, images, y, class_names):
     rows = [images[y == class_number][:10] for class_number in shown]
     columns = max(len(row) for row in rows)
     figure = Figure(figsize=(1.5 + columns, 0.5 + len(rows)), layout="constrained")
-    figure.suptitle(title, parse_math=False)
+    figure.suptitle(literal(title))
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[], frame_on=False)
     for class_number, row, row_axes in zip(shown, rows, axes):
-        name = f"class {class_names[class_number]}"
-        place = {"rotation": 0, "ha": "right", "va": "center"}
-        row_axes[0].set_ylabel(name, **place, parse_math=False)
+        name = literal(f"class {class_names[class_number]}")
+        row_axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for ax, image in zip(row_axes, row.numpy()):
             ax.imshow(image)
     save_figure(path, figure)
@@ -419,7 +424,7 @@ def write_anatomy(out, models, test_set, class_names, sample, sample_fine, y, se
     figure.suptitle(f"{T} tokens, each one of K = {K} codes in M = {M} clusters")
     rng = np.random.default_rng(seed)
     for part, (title, (image, fine)) in zip(figure.subfigures(2, 1), rows.items()):
-        part.suptitle(f"{title} of class {class_names[y]}", parse_math=False)
+        part.suptitle(literal(f"{title} of class {class_names[y]}"))
         axes = list(part.subplots(2, 6).flat)
         for ax in axes:
             ax.set(xticks=[], yticks=[], frame_on=False)
@@ -436,4 +441,4 @@ def write_anatomy(out, models, test_set, class_names, sample, sample_fine, y, se
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

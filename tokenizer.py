@@ -41,22 +41,19 @@ from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
+if "IPython" not in sys.modules:  # a notebook's backend may be missing in its !python
+    os.environ.pop("MPLBACKEND", None)
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from matplotlib.colors import hsv_to_rgb
+from matplotlib.figure import Figure  # the other files take it from here
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, Resize
 from tqdm import tqdm
-
-try:
-    import matplotlib
-except ValueError:  # a notebook's MPLBACKEND, not installed here; files need none
-    os.environ["MPLBACKEND"] = "agg"
-    import matplotlib
-from matplotlib.colors import hsv_to_rgb
-from matplotlib.figure import Figure  # the other files take it from here
 
 # --------------------------------------------------------------------------------------
 # The model
@@ -343,6 +340,24 @@ def write_tokens(out, model, class_names, train_set, test_set):
     return reconstructions
 
 
+@contextmanager
+def no_traceback():
+    """Decorates each main: Ctrl-C outside of a training loop, and a lack of memory, end
+    the program in one line."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (MemoryError, RuntimeError) as error:
+        text = f"{type(error).__name__}: {error}"
+        if not re.search("MemoryError|(out of|enough|allocate) memory", text):
+            raise
+        data = "tokenizer.py with a smaller --image-size"
+        fail(f"out of memory: choose a smaller --batch-size, or {data}")
+
+
+@no_traceback()
 def main(argv=None):
     parser = CommandLine(__doc__)
     add = parser.add_argument
@@ -980,23 +995,5 @@ def reason(error):
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def run_script(main):
-    """Call main() of a script; no traceback for Ctrl-C outside of a training loop, nor
-    for a lack of memory."""
-    try:
-        main()
-    except (MemoryError, RuntimeError) as error:
-        text = f"{type(error).__name__} {error}"
-        if not re.search(
-            "memoryerror|(out of|enough|allocate) memory", text, re.IGNORECASE
-        ):
-            raise
-        data = "tokenizer.py with a smaller --image-size"
-        fail(f"out of memory: choose a smaller --batch-size, or {data}")
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
 if __name__ == "__main__":
-    run_script(main)
+    main()

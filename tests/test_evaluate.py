@@ -157,7 +157,10 @@ def test_precision_recall_of_equal_distant_and_narrow_sets(rng):
 def test_the_judge_learns_and_is_kept(images, tmp_path):
     train_set, _ = evaluate.load_images(str(images), "train", 16)
     path = tmp_path / "classifier.pt"
-    args, cpu = SimpleNamespace(judge_steps=40, seed=0, batch_size=250), torch.device("cpu")
+    args, cpu = (
+        SimpleNamespace(judge_steps=40, seed=0, batch_size=250),
+        torch.device("cpu"),
+    )
     judge = evaluate.get_classifier(path, train_set, 3, args, cpu)
     (test, test_labels), _ = evaluate.load_images(str(images), "test", 16)
     features, logits = evaluate.look(judge, test, "cpu")
