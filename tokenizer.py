@@ -342,19 +342,17 @@ def write_tokens(out, model, class_names, train_set, test_set):
 
 @contextmanager
 def no_traceback():
-    """Decorates each main: Ctrl-C outside of a training loop, and a lack of memory, end
-    the program in one line."""
+    """Decorates each main: Ctrl-C and a lack of memory end it in one line."""
     try:
         yield
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
     except (MemoryError, RuntimeError) as error:
-        text = f"{type(error).__name__}: {error}"
+        text = f"{type(error).__name__} {error}"
         if not re.search("MemoryError|(out of|enough|allocate) memory", text):
             raise
-        data = "tokenizer.py with a smaller --image-size"
-        fail(f"out of memory: choose a smaller --batch-size, or {data}")
+        fail("out of memory: less --batch-size, or less --image-size in tokenizer.py")
 
 
 @no_traceback()
@@ -378,26 +376,22 @@ def main(argv=None):
     device = pick_device(args.device)
     path = args.out / "tokenizer.pt"
 
+    train_set, class_names = load_images(args.data, "train", args.image_size)
+    test_set, _ = load_images(args.data, "test", args.image_size)
+    print(f"{args.data}: {len(train_set.x)} + {len(test_set.x)} images, on {device}")
+    print(f"{len(class_names)} classes: {', '.join(class_names[:10])}")
+    parts = {"train": train_set, "test": test_set, "first": test_set.first(10)}
+    # None of glyphs: these are always alike, but for what another CPU rounds otherwise.
+    fingerprint = {k: short_hash(*v) for k, v in parts.items() if args.data != "glyphs"}
+    train_set, test_set = train_set.to(device), test_set.to(device)
+
     torch.manual_seed(args.seed)
     config = VQVAEConfig(**{name: getattr(args, name) for name in vars(default)})
     model = to_device(VQVAE(config), device)
     fused = device.type != "mps"
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=fused)
-    checkpoint = start_or_resume(args, path, model, optimizer, "tokenizer.py")
-
-    train_set, class_names = load_images(args.data, "train", args.image_size)
-    test_set, _ = load_images(args.data, "test", args.image_size)
-    sets = {"train": train_set, "test": test_set, "first": test_set.first(10)}
-    if args.data == "glyphs":  # always alike, but for what another CPU rounds otherwise
-        sets = {}
-    fingerprint = {name: short_hash(*examples) for name, examples in sets.items()}
-    before = load(path, "tokenizer.py")["data"] if args.resume else {}
-    if before.get("fingerprint", fingerprint) != fingerprint:
-        fail(f"--resume: {path} was trained on other images than those of {args.data}")
-    train_set, test_set = train_set.to(device), test_set.to(device)
-    print(f"{args.data}: {len(train_set.x)} + {len(test_set.x)} images, on {device}")
-    first_few = [f"{i} {name}" for i, name in enumerate(class_names[:10])]
-    print(f"{len(class_names)} classes: {', '.join(first_few)}")
+    ids = {"images": " ".join(fingerprint.values())}
+    checkpoint = start_or_resume(args, path, model, optimizer, "tokenizer.py", **ids)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, {args.codebook_size} codes")
     modules = (torch, torchvision, np, matplotlib)  # what paints and reads the images
@@ -481,62 +475,54 @@ def load_folder(root, split, image_size):
     images = torch.empty(len(own), image_size, image_size, 3, dtype=torch.uint8)
     broken = []
     for i, (path, _) in enumerate(tqdm(own, f"read {split} images", disable=None)):
-        image = read_image(path, image_size)
-        if isinstance(image, str):
-            broken.append(image)
-        else:
-            images[i] = image
-    if broken:  # all there are, to be mended at once
-        others = [read_image(path, image_size) for path, _ in other]
-        broken += [text for text in others if isinstance(text, str)]
+        images[i] = read_image(path, image_size, broken)
+    if broken:
+        for path, _ in other:  # to name all there are at once
+            read_image(path, image_size, broken)
         fail(f"{len(broken)} files to remove or mend: {', '.join(broken[:10])}")
-    y = torch.tensor([class_number for _, class_number in own])
-    return Examples(images, y), class_names
+    return Examples(images, torch.tensor([y for _, y in own])), class_names
 
 
-def read_image(path, image_size):
-    """The image in a file, uint8 (H, W, 3), on white; a text that says why, if none."""
+def read_image(path, image_size, broken):
+    """The image in a file, uint8 (H, W, 3). Without one: 0, and broken gets a reason."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode[0] in "IF":  # integers or floats, which convert would clip
                 x = np.array(image, np.float32).clip(min=0)
-                top = max(x.max(), 65535 if image.mode[0] == "I" else 1)
-                image = Image.fromarray((x * (255 / top)).round().astype(np.uint8))
+                white = max(x.max(), 65535 if image.mode[0] == "I" else 1)
+                image = Image.fromarray((x * (255 / white)).round().astype(np.uint8))
             if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
+                paper = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(paper, image.convert("RGBA"))
             image = image.convert("RGB")
     except Exception as error:  # noqa: BLE001  Pillow raises five kinds
-        return f"{path} is no readable image ({type(error).__name__})"
+        broken.append(f"{path} is no readable image ({type(error).__name__})")
+        return 0
     if min(image.size) < image_size:
         size = f"{image.width}x{image.height}"
-        return f"{path} has {size} pixels, fewer than --image-size {image_size}"
+        broken.append(f"{path} has {size} pixels, fewer than --image-size {image_size}")
+        return 0
     resize = Compose([Resize(image_size), CenterCrop(image_size)])
     return torch.from_numpy(np.array(resize(image)))
 
 
 def find_images(root):
-    """The images of a folder, {"train": [(file, class number), ...], "test": [...]},
-    and the class names. Fails in one line if a class lacks images of either split."""
-    found = []
+    """{"train": [(file, class number), ...], "test": [...]}, and the class names."""
+    number = lambda path: re.sub(r"\d+", lambda digits: digits[0].zfill(12), path.name)
+    found = []  # of each split {class name: files}, class 2 before class 10
     for folder in find_splits(root):
-        classes = sorted(visible(folder, "*/"), key=natural)
-        found.append(
-            {c.name: [f for f in visible(c, "**") if f.is_file()] for c in classes}
-        )
+        folders = sorted(visible(folder, "*/"), key=number)
+        found.append({each.name: visible(each, "**") for each in folders})
     if len(found) == 1:  # no splits: of each class every tenth file is for testing
         found.append({name: files[::10] for name, files in found[0].items()})
         for files in found[0].values():
             del files[::10]
     names = list(found[0] | found[1])
-    if not names:
-        fail(f"{root}: not a known data set, nor class folders of images")
     lacking = [name for name in names if not all(part.get(name) for part in found)]
-    if lacking:
-        same = "train and test do not have the same class folders, or too few images"
-        fail(f"{root}: {same}: {', '.join(lacking[:10])}")
+    if lacking or not names:
+        few = f": too few images of {', '.join(lacking[:10])}" if lacking else ""
+        fail(f"{root}: not a known data set, nor class folders of images{few}")
     files = {}
     for split, classes in zip(("train", "test"), found):
         pairs = [(path, y) for y, name in enumerate(names) for path in classes[name]]
@@ -561,17 +547,12 @@ def find_splits(root):
 
 
 def visible(folder, pattern):
-    """What glob finds in folder. It skips hidden things; here go the system's own."""
-    junk = {"thumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir"}
+    """The folders (*/) or files (**) below folder, but for what glob takes for hidden,
+    and what operating systems leave."""
     names = sorted(glob(pattern, root_dir=folder, recursive=True))
-    return [
-        folder / name for name in names if junk.isdisjoint(Path(name.lower()).parts)
-    ]
-
-
-def natural(path):
-    """A key for sorting that puts 2 before 10."""
-    return re.sub(r"\d+", lambda digits: digits[0].zfill(12), path.name)
+    junk = "thumbs.db", "desktop.ini", "icon\r", "__macosx"
+    paths = [folder / name for name in names if Path(name.lower()).name not in junk]
+    return [path for path in paths if path.is_file() != (pattern == "*/")]
 
 
 # The text fonts with digits that ship inside matplotlib.
@@ -724,9 +705,8 @@ def training_steps(args, path, model, optimizer, checkpoint, measure):
                 copy = path.with_name(f"{path.stem}-{done:06d}.pt")
                 save_checkpoint(copy, model, optimizer, checkpoint)
             if stop.is_set():
-                print(
-                    f"stopped after step {done}: add --resume to go on", file=sys.stderr
-                )
+                how = "add --resume to go on"
+                print(f"stopped after step {done}: {how}", file=sys.stderr)
                 raise SystemExit(130)
 
 
@@ -780,8 +760,9 @@ def start_or_resume(args, path, model, optimizer, script, **ids):
     checkpoint = {"script": script.split()[0], "config": asdict(model.config), **ids}
     checkpoint |= {"settings": settings, "step": 0, "seconds": 0.0}
     checkpoint["history"] = {"loss": [], "test": []}
-    checkpoint["replaces"] = None if args.resume else path  # until the first save
-    if args.resume:
+    if not args.resume:
+        checkpoint["replaces"] = path
+    else:
         saved = load(path, script)
         for name, value in settings.items():
             before = saved["settings"].get(name)
@@ -800,9 +781,8 @@ def save_checkpoint(path, model, optimizer, checkpoint):
     """
     if not all(weight.isfinite().all() for weight in model.state_dict().values()):
         fail(f"a weight is not finite; {path} is of the last save, if any")
-    replaced = checkpoint.pop("replaces", None)
-    if replaced:
-        set_aside(replaced)
+    if "replaces" in checkpoint:  # the first save
+        set_aside(checkpoint.pop("replaces"))
     states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     save(path, **states, **checkpoint)
 
@@ -811,16 +791,16 @@ def set_aside(path):
     """A finished run in path, with its copies and tokens, gets other names: *.old.pt."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        is_finished = saved["step"] >= saved["settings"]["steps"]
-    except Exception:  # noqa: BLE001  none there, or none that can be read
-        is_finished = False
-    family = ["tokenizer", "tokens"] if path.stem == "tokenizer" else [path.stem]
-    for file in list(path.parent.glob("*.pt")) if is_finished else []:
+        if saved["step"] < saved["settings"]["steps"]:
+            return
+    except Exception:  # noqa: BLE001  nothing there, or nothing that can be read
+        return
+    also = "tokens" if path.stem == "tokenizer" else None
+    for file in list(path.parent.glob("*.pt")):
         stem, dash, step = file.stem.partition("-")
-        if stem in family:
+        if stem in (path.stem, also):
             os.replace(file, file.with_name(f"{stem}.old{dash}{step}.pt"))
-    if is_finished:
-        tqdm.write(f"the finished run of {path} is kept as {path.stem}.old.pt")
+    tqdm.write(f"the finished run of {path} is kept as {path.stem}.old.pt")
 
 
 def load_tokenizer(out, device):
@@ -917,10 +897,8 @@ class CommandLine(argparse.ArgumentParser):
     """argparse with the flags of all stages; an error is one line and exit code 2."""
 
     def __init__(self, doc):
-        super().__init__(
-            description=doc.split("\n")[0],
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=doc.split("\n")[0], formatter_class=formatter)
         if hasattr(sys.stdout, "reconfigure"):  # for terminals that lack a character
             sys.stdout.reconfigure(errors="replace")
         home = lambda text: Path(os.path.expanduser(text))
