@@ -170,9 +170,8 @@ def check_images(tokenizer, data, part, examples):
     # Glyphs have none: they are always alike, but for what another CPU rounds otherwise.
     found = None if data == "glyphs" else short_hash(*examples)
     if fingerprint.get(part) != found:
-        fail(
-            f"{data} has changed since python tokenizer.py: run it again, or say --data"
-        )
+        again = "run it again, or give another --data"
+        fail(f"{data} has changed since python tokenizer.py: {again}")
 
 
 MOVED = "where the images are now, if they have been moved"

@@ -345,10 +345,8 @@ def warn_of_shares(samples, real_y, class_names):
         return
     i = (shares[0] - shares[1]).abs().argmax()
     here, there = (f"{share[i]:.0%}" for share in shares)
-    name = f"{MODEL_NAMES[samples['model']]} samples"
-    print(
-        f"warning: {here} of the {name} are of class {class_names[i]}, and {there} of"
-    )
+    model, name = MODEL_NAMES[samples["model"]], class_names[i]
+    print(f"warning: {here} of the {model} samples are of class {name}, and {there} of")
     print("the test images: the distance is far too high for that alone")
 
 
@@ -463,7 +461,8 @@ def judge_all(args, device):
 def main(argv=None):
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("--mean-of", type=Path, nargs="+", metavar="OUT", help="average these runs")
+    home = lambda text: Path(os.path.expanduser(text))
+    add("--mean-of", type=home, nargs="+", metavar="OUT", help="average these runs")
     networks = ["classifier", "inception"]
     add("--features", choices=networks, default="classifier", help="of the distance")
     add(
@@ -616,10 +615,10 @@ def print_table(metrics):
         line = f"{name:40}"
         for key in ("fd", "inception_score", "class_accuracy"):
             factor = 100 if key == "class_accuracy" else 1
-            text = f"{factor * row[key]:.2f}".replace("nan", "-")
+            text = f"{factor * row[key]:.2f}"
             if "std" in row:  # over training seeds
                 text += f" ± {factor * row['std'][key]:.2f}"
-            line += f"{text:>15}"
+            line += f"{text.replace('nan', '-'):>15}"
         near = f"{row['precision']:11.3f}{row['recall']:11.3f}"
         line += near.replace("nan", "  -")
         if "bits_per_token" in row:

@@ -4,13 +4,13 @@ T + 1 steps (arXiv 2503.16194, figure 1c). With --model baseline: T steps over t
 labels themselves, then pixels.
 
     python sample.py                                # 2,000 images, all classes in turn
-    python sample.py --classes 3 7 --cfg-scales 4   # classes by number or name, guidance
+    python sample.py --classes 3 cat --cfg-scales 4 # by number or name, more guidance
     python sample.py --cfg-scales 1 2 3 4           # a file for each: samples-cfg1.pt ..
     python sample.py --kept                         # of the copies of --keep-every
     python sample.py --num-samples 50000 --npz      # for the papers' own evaluators
 
-Reads tokenizer.pt, tokens.pt, clusters.pt, coarse.pt and fine.pt (or baseline.pt); writes
-samples.pt (images uint8 (N, 3, H, W), their classes (N,), coarse and fine labels
+Reads tokenizer.pt, tokens.pt, clusters.pt, coarse.pt and fine.pt (or baseline.pt);
+writes samples.pt (images uint8 (N, 3, H, W), their classes (N,), coarse and fine labels
 (N, T)) and samples.png, or samples-baseline.pt and .png. --anatomy: anatomy.png; --npz:
 samples.npz and a folder of PNG files. About 180 images/s on two CPU cores.
 
@@ -210,24 +210,11 @@ def write_samples(args, stem, cfg_scale, files, models, artifacts):
     """Draw with the weights of files, and write out/stem.pt and what goes with it."""
     data = artifacts["vqvae"]["data"]
     class_names, data_name = data["classes"], Path(data["name"]).name
-    ids = {"codebook_id": artifacts["vqvae"]["codebook_id"]}
-    named = [f"{i} {name}" for i, name in enumerate(class_names)]
-    if len(named) > 20:
-        named[20:] = [f"... {len(class_names) - 1}"]
-    if args.classes:
-        chosen = [class_number(text, class_names) for text in args.classes]
-        shares = [1] * len(chosen)
-        if None in chosen:
-            wrong = args.classes[chosen.index(None)]
-            fail(f"--classes {wrong}: those of {data_name} are {', '.join(named)}")
-    else:
-        test_set, _ = load_tokens(args.out, "test", **ids)
-        shares = test_set.y.bincount(minlength=len(class_names)).tolist()
-        chosen = list(range(len(class_names)))
-    y = torch.tensor(chosen)[in_turn(shares, args.num_samples)]
-    print(f"classes: {', '.join(named)}")
-    if len(set(shares)) > 1:
-        print("drawn as often as they are in the test set")
+    y = classes_to_draw(args, artifacts["vqvae"])
+    if args.anatomy:  # now, and not only when all images have been drawn
+        where = args.data or data["name"]
+        test_set, _ = load_images(where, "test", data["image_size"])
+        check_images(artifacts["vqvae"], where, "test", test_set)
     settings = {
         "cfg_scale": cfg_scale,
         "temperature": args.temperature,
@@ -269,9 +256,6 @@ def write_samples(args, stem, cfg_scale, files, models, artifacts):
     if args.npz:
         write_npz(path, images)
     if args.anatomy:
-        where = args.data or data["name"]
-        test_set, _ = load_images(where, "test", data["image_size"])
-        check_images(artifacts["vqvae"], where, "test", test_set)
         sample = images[0], fine[:1], y[:1]
         write_anatomy(args.out, models, test_set, class_names, *sample, args.seed)
 
@@ -283,12 +267,31 @@ def class_text(text):
     return text
 
 
-def class_number(text, class_names):
-    """The number of the class that text names, by name or number; None if there is none."""
-    if text in class_names:
-        return class_names.index(text)
-    is_number = text.isdecimal() and int(text) < len(class_names)
-    return int(text) if is_number else None
+def classes_to_draw(args, tokenizer):
+    """The class of each image, int64 (N,): those of --classes alike often, or all as
+    often as in the test set. tokenizer: the artifact."""
+    names = tokenizer["data"]["classes"]
+    shown = ", ".join(f"{i} {name}" for i, name in enumerate(names[:20]))
+    if len(names) > 20:
+        shown += f", ... {len(names) - 1} {names[-1]}"
+    print(f"classes: {shown}")
+    if not args.classes:
+        ids = {"codebook_id": tokenizer["codebook_id"]}
+        test_set, _ = load_tokens(args.out, "test", **ids)
+        shares = test_set.y.bincount(minlength=len(names)).tolist()
+        if len(set(shares)) > 1:
+            print("drawn as often as they are in the test set; --classes: alike often")
+        return in_turn(shares, args.num_samples)
+    chosen = []
+    for text in args.classes:
+        if text in names:  # a name first: folders called 1, 2 are the classes 0, 1
+            chosen.append(names.index(text))
+        elif text.isdecimal() and int(text) < len(names):
+            chosen.append(int(text))
+        else:
+            folder = Path(tokenizer["data"]["name"]).name
+            fail(f"--classes {text}: those of {folder} are {shown}")
+    return torch.tensor(chosen)[torch.arange(args.num_samples) % len(chosen)]
 
 
 def in_turn(shares, count):

@@ -35,6 +35,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from glob import glob
@@ -270,7 +271,7 @@ def reconstruct(model, fine):
 
 def psnr(images, others):
     """Peak signal-to-noise ratio in dB, mean over images; uint8 (N, H, W, 3)."""
-    pairs = zip(images.split(100), others.split(100))
+    pairs = zip(images.split(10), others.split(10))
     parts = [(a.float() - b.float()).square().mean(dim=(1, 2, 3)) for a, b in pairs]
     error = torch.cat(parts).clamp(min=1e-3)  # equal images: 78 dB, not infinitely many
     return (10 * (255**2 / error).log10()).mean().item()
@@ -352,6 +353,7 @@ def no_traceback():
         text = f"{type(error).__name__} {error}"
         if not re.search("MemoryError|(out of|enough|allocate) memory", text):
             raise
+        traceback.clear_frames(error.__traceback__)  # their tensors, and progress bars
         fail("out of memory: less --batch-size, or less --image-size in tokenizer.py")
 
 
@@ -442,9 +444,9 @@ def load_images(data, split, image_size):
     """All images of one split of a data set, in memory.
 
     data: "glyphs", "mnist", "fashion_mnist", "cifar10", or a folder with a sub-folder
-    per class, either below train/ and test/ (or val/), or split 90/10. split: "train"
+    per class, either below train/ and test/ (or such), or split 90/10. split: "train"
     or "test". Returns Examples and the names of the classes. Fails in one line if the
-    data cannot be had, a file is no image, or one is smaller than image_size.
+    data cannot be had, or files are no images or smaller than image_size.
     """
     if data == "glyphs":
         seed = ["train", "test"].index(split)
@@ -521,7 +523,11 @@ def find_images(root):
     names = list(found[0] | found[1])
     lacking = [name for name in names if not all(part.get(name) for part in found)]
     if lacking or not names:
-        few = f": too few images of {', '.join(lacking[:10])}" if lacking else ""
+        few = (
+            f": too few images of {', '.join(lacking[:10])}"
+            if lacking
+            else " (moved? see --data)"
+        )
         fail(f"{root}: not a known data set, nor class folders of images{few}")
     files = {}
     for split, classes in zip(("train", "test"), found):
@@ -552,7 +558,7 @@ def visible(folder, pattern):
     names = sorted(glob(pattern, root_dir=folder, recursive=True))
     junk = "thumbs.db", "desktop.ini", "icon\r", "__macosx"
     paths = [folder / name for name in names if Path(name.lower()).name not in junk]
-    return [path for path in paths if path.is_file() != (pattern == "*/")]
+    return [path for path in paths if path.is_dir() == (pattern == "*/")]
 
 
 # The text fonts with digits that ship inside matplotlib.
