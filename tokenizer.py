@@ -354,7 +354,7 @@ def no_traceback():
         if not re.search("MemoryError|(out of|enough|allocate) memory", text):
             raise
         traceback.clear_frames(error.__traceback__)  # their tensors, and progress bars
-        fail("out of memory: less --batch-size, or less --image-size in tokenizer.py")
+        fail("out of memory: take a smaller --batch-size, or tokenizer.py --image-size")
 
 
 @no_traceback()

@@ -94,6 +94,14 @@ def test_a_test_set_without_class_folders_is_no_class(tmp_path):
     assert read(tmp_path, "test") == (["ant", "bee"], [1, 1])
 
 
+def test_a_labelled_validation_set_is_used_where_the_test_set_is_not(tmp_path):
+    for split, count in (("train", 4), ("val", 2)):
+        paint_classes(tmp_path / split, count=count)
+    paint(tmp_path / "test" / "0.png")
+    assert read(tmp_path) == (["ant", "bee"], [4, 4])
+    assert read(tmp_path, "test") == (["ant", "bee"], [2, 2])
+
+
 def test_a_folder_too_many_is_looked_through(tmp_path):
     for split in ("train", "test"):
         paint_classes(tmp_path / "pets" / "pets" / split)
@@ -504,7 +512,8 @@ def test_out_of_memory_names_the_flag_to_turn(trained, images, capsys, monkeypat
             capsys.readouterr()
             monkeypatch.setattr(module, where, fail)
             code, message = error_of(capsys, module.main, *out, *flags)
-            assert code == 1 and "memory" in message and "--batch-size" in message
+            assert code == 1 and "out of memory" in message
+            assert "--batch-size" in message and "--image-size" in message
 
 
 def test_other_errors_keep_their_traceback(trained, monkeypatch):
