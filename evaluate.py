@@ -347,7 +347,7 @@ def warn_of_shares(samples, real_y, class_names):
     here, there = (f"{share[i]:.0%}" for share in shares)
     model, name = MODEL_NAMES[samples["model"]], class_names[i]
     print(f"warning: {here} of the {model} samples are of class {name}, and {there} of")
-    print("the test images: the distance is far too high for that alone")
+    print("the test images: the distance is far too high for that reason alone")
 
 
 def judge_all(args, device):

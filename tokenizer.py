@@ -381,7 +381,7 @@ def main(argv=None):
     train_set, class_names = load_images(args.data, "train", args.image_size)
     test_set, _ = load_images(args.data, "test", args.image_size)
     print(f"{args.data}: {len(train_set.x)} + {len(test_set.x)} images, on {device}")
-    print(f"{len(class_names)} classes: {', '.join(class_names[:10])}")
+    print(f"classes ({len(class_names)}): {', '.join(class_names[:10])}")
     parts = {"train": train_set, "test": test_set, "first": test_set.first(10)}
     # None of glyphs: these are always alike, but for what another CPU rounds otherwise.
     fingerprint = {k: short_hash(*v) for k, v in parts.items() if args.data != "glyphs"}

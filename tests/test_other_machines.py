@@ -195,7 +195,7 @@ def test_classes_and_counts_are_printed(tmp_path, images, capsys):
     flags = ["--data", str(images), "--out", str(tmp_path / "out"), *TINY]
     tokenizer.main(flags)
     printed = capsys.readouterr().out
-    assert "36 + 24 images" in printed and "3 classes: ant, bee, cat" in printed
+    assert "36 + 24 images" in printed and "classes (3): ant, bee, cat" in printed
 
 
 def test_classes_are_chosen_by_name_or_number(trained, capsys):
