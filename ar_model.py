@@ -132,7 +132,8 @@ class Block(nn.Module):
     def forward(self, x, rotary, cache=None):
         """x (B, n, dim), rotary of its positions (2, n, head_dim / 2) -> (B, n, dim).
 
-        With a cache, x is what follows the tokens in it: all n at first, then one.
+        With a cache, x is what follows the tokens in it: one token at a time, or several
+        into an empty cache.
         """
         B, n, dim = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(B, n, 3, self.heads, -1)
@@ -225,8 +226,9 @@ def filter_logits(logits, top_k=0, top_p=1.0):
         probability, index = logits.softmax(dim=-1).sort(descending=True)
         # Of all larger ones together: 0 for the largest, which is always kept.
         before = probability.cumsum(dim=-1) - probability
-        drop = torch.empty_like(before, dtype=torch.bool)
-        drop.scatter_(-1, index, before >= top_p)  # from sorted order back to the codes
+        drop_sorted = before >= top_p
+        # Back from the sorted order: position index[i] gets what stands at i.
+        drop = torch.empty_like(drop_sorted).scatter_(-1, index, drop_sorted)
         logits = logits.masked_fill(drop, -math.inf)
     return logits
 
@@ -275,12 +277,12 @@ def generate(model, y, generator, cfg_scale=1.0, temperature=1.0, top_k=0, top_p
 def train(model, train_set, test_set, optimizer, args, checkpoint, path):
     """Train model on the tokens of train_set; what is learnt is measured on test_set.
 
-    All around a step (the learning rate, Ctrl-C, saving) is done by training_steps.
+    All around a step (learning rate, measuring, saving, Ctrl-C) is in training_steps.
     """
     V = model.config.vocabulary
 
     def measure():
-        """What the log and the curves show, every --save-every steps."""
+        """What is printed and plotted of every --save-every steps."""
         nats = mean_loss(model, *test_set.first(1000))
         return {"loss": nats, "bits": nats / math.log(2)}
 
@@ -335,13 +337,13 @@ def at_once(count, tokens):
 # The script
 
 
-def parse_args(parser, config, argv):
-    """The flags in argv, with those that set the size of a Transformer, of which config
-    has the defaults."""
+def parse_args(parser, defaults, argv):
+    """The flags in argv, with those that set the size of a Transformer; defaults:
+    ARConfig or AuxConfig."""
     add = parser.add_argument
-    add("--layers", type=at_least(1), default=config.layers, help="of the model")
-    add("--dim", type=at_least(1), default=config.dim, help="multiple of 4 x heads")
-    add("--heads", type=at_least(1), default=config.heads, help="attention heads")
+    add("--layers", type=at_least(1), default=defaults.layers, help="of the model")
+    add("--dim", type=at_least(1), default=defaults.dim, help="multiple of 4 x heads")
+    add("--heads", type=at_least(1), default=defaults.heads, help="attention heads")
     args = parser.parse_args(argv)
     if args.dim % (4 * args.heads):  # pairs of dimensions, for the row and the column
         parser.error(f"--dim must be a multiple of 4 x --heads: {4 * args.heads}")

@@ -172,7 +172,7 @@ def predict_fine(model, coarse, y, generator, cfg_scale=1.0, temperature=1.0, to
         cond, uncond = both.chunk(2)
         logits = guide(cond, uncond, cfg_scale)
     members = model.members[coarse]  # (B, T, S)
-    # Again, since guidance makes nan of -inf.
+    # Beyond the cluster both logits are -inf, of which guidance makes nan: once more.
     logits = logits.masked_fill(members < 0, -math.inf)
     rank = draw(filter_logits(logits / temperature, top_k), generator)  # (B, T)
     return members.gather(-1, rank[..., None])[..., 0]
@@ -185,13 +185,11 @@ def predict_fine(model, coarse, y, generator, cfg_scale=1.0, temperature=1.0, to
 def train(model, train_set, test_set, optimizer, args, checkpoint, path):
     """Train model on the tokens of train_set; what is learnt is measured on test_set.
 
-    All around a step (the learning rate, Ctrl-C, saving) is done by training_steps.
+    All around a step (learning rate, measuring, saving, Ctrl-C) is in training_steps.
     """
-    uniform, favourite = guessing(model.code_to_cluster, train_set.x, test_set.x)
-    print(f"the most frequent code of the cluster: right for {favourite:.1%} of tokens")
 
     def measure():
-        """What the log and the curves show, every --save-every steps."""
+        """What is printed and plotted of every --save-every steps."""
         nats, right = mean_fine_loss(model, *test_set.first(1000))
         return {"loss": nats, "bits": nats / math.log(2), "right": right}
 
@@ -207,9 +205,7 @@ def train(model, train_set, test_set, optimizer, args, checkpoint, path):
         optimizer.step()
         checkpoint["history"]["loss"].append(loss.item())
         if step == 0:
-            guess = f"guessing within the cluster is {uniform:.3f}"
-            tqdm.write(f"first loss {loss:.3f}; {guess}")
-    return uniform
+            tqdm.write(f"first loss {loss:.3f}")
 
 
 @torch.no_grad()
@@ -272,9 +268,11 @@ def main(argv=None):
     if args.compile:  # not cluster_logits: its shapes change with every batch
         for block in model.blocks:
             block.compile()
-    uniform = train(model, train_set, test_set, optimizer, args, checkpoint, path)
+    nats, right = guessing(model.code_to_cluster, train_set.x, test_set.x)
+    print(f"guessing within the cluster: {nats:.3f} nats, {right:.1%} right")
+    train(model, train_set, test_set, optimizer, args, checkpoint, path)
     title = f"fine.pt: the code within its cluster ({K} codes, {M} clusters)"
-    plot_curves(args.out / "fine.png", title, checkpoint["history"], uniform)
+    plot_curves(args.out / "fine.png", title, checkpoint["history"], nats)
     print(f"wrote fine.pt and fine.png to {args.out}")
     print(f"{checkpoint['seconds']:.0f} s of training")
 

@@ -212,6 +212,7 @@ def main(argv=None):
     shown, fine = images.x[:10], test_tokens.x[:10].numpy()
     plot_swaps(args.out / "clusters.png", model, shown, fine, code_to_cluster, rng)
     if args.method == "random":
+        # The clusters keep their sizes, and get other codes.
         print("clusters permuted over the codes: this is the control, not the method")
         code_to_cluster = random_clusters(code_to_cluster, rng)
         centroids = cluster_means(codebook, code_to_cluster, sizes)

@@ -43,7 +43,14 @@ from cluster import (
     random_clusters,
     swap_within_clusters,
 )
-from sample import FINE_SETTINGS, MODEL_NAMES, literal, load_models, training_of
+from sample import (
+    FINE_SETTINGS,
+    MODEL_NAMES,
+    SETTINGS,
+    literal,
+    load_models,
+    training_of,
+)
 from tokenizer import (
     CommandLine,
     Figure,
@@ -296,7 +303,10 @@ def swaps(vqvae, fine, clusters, seed):
     rng = np.random.default_rng(seed)
     g = clusters["code_to_cluster"].numpy()
     maps = {"random": random_clusters(g, rng)}
-    maps[clusters["method"]] = g  # of cluster.py --method random, there is no other
+    if clusters["method"] == "kmeans":
+        maps["kmeans"] = g
+    else:  # of cluster.py --method random
+        maps["random"] = g
     images = {}
     for name, code_to_cluster in maps.items():
         swapped = swap_within_clusters(fine.cpu().numpy(), code_to_cluster, rng)
@@ -331,23 +341,22 @@ def sample_sets(out, device):
         samples = load(path, "sample.py")
         models, artifacts = load_models(out, samples["weights"], device)
         if samples["training"] != training_of(artifacts):
-            fail(
-                f"{path} is of other weights: run python sample.py again, or remove it"
-            )
+            again = "run python sample.py again, or remove it"
+            fail(f"{path} is of other weights: {again}")
         yield samples, models, artifacts
 
 
 def warn_of_shares(samples, real_y, class_names):
     """Say so if the classes of samples are not as frequent as those of real images."""
-    C = len(class_names)
-    shares = [y.bincount(minlength=C) / len(y) for y in (samples["labels"], real_y)]
-    if (shares[0] - shares[1]).abs().sum() / 2 <= 0.1:
-        return
-    i = (shares[0] - shares[1]).abs().argmax()
-    here, there = (f"{share[i]:.0%}" for share in shares)
-    model, name = MODEL_NAMES[samples["model"]], class_names[i]
-    print(f"warning: {here} of the {model} samples are of class {name}, and {there} of")
-    print("the test images: the distance is far too high for that reason alone")
+    C, y = len(class_names), samples["labels"]
+    share = y.bincount(minlength=C) / len(y)
+    real_share = real_y.bincount(minlength=C) / len(real_y)
+    difference = (share - real_share).abs()
+    if difference.sum() / 2 > 0.1:  # a tenth of the images would need another class
+        i = difference.argmax()
+        of_samples = f"{share[i]:.0%} of the {MODEL_NAMES[samples['model']]} samples"
+        print(f"warning: {of_samples} are of class {class_names[i]}, and")
+        print(f"{real_share[i]:.0%} of the test images: that alone raises the distance")
 
 
 def judge_all(args, device):
@@ -377,19 +386,18 @@ def judge_all(args, device):
     network = judge
     if args.features == "inception":
         network = Inception(args.inception_weights).eval().to(device)
-    real_features, _ = look(network, test_set.x, device, args.batch_size)
-    _, judged = look(judge, test_set.x, device, args.batch_size)
+    real_features, judged = look(network, test_set.x, device, args.batch_size)
+    if network is not judge:
+        _, judged = look(judge, test_set.x, device, args.batch_size)
     if N < real_features.shape[1]:
         print(f"warning: {N} samples, fewer than {real_features.shape[1]} features:")
         print("the covariance is singular, and the distance far too high")
 
     void = []
     if len(class_names) == 1:
+        print("warning: of one class there is nothing to tell apart, and the judge")
         print(
-            "warning: of one class there is nothing to tell apart, so the judge learns"
-        )
-        print(
-            "nothing: no class accuracy; no other scores but with --features inception"
+            "learns nothing: no class accuracy, and --features inception for the rest"
         )
         void = ["class_accuracy"]
         if judge is network:
@@ -428,15 +436,18 @@ def judge_all(args, device):
     bits = {}
     for samples, models, artifacts in sample_sets(args.out, device):
         stages = [name for name in models if name != "vqvae"]
-        sizes = [p.numel() for name in stages for p in models[name].parameters()]
+        parameters = [p.numel() for name in stages for p in models[name].parameters()]
         files = tuple(samples["weights"])
-        if files not in bits:  # several guidance scales, one likelihood
+        if files not in bits:  # of several guidance scales, once
             bits[files] = bits_per_token(models, fine, y)
+            if "aux" in models:  # of several copies, the last one's
+                drawn = stage2_alone(models, fine[:N], y[:N], args.seed)
+                metrics["stage2"] = score(drawn, test_set.y)
         row = {
             "model": samples["model"],
             "step": artifacts["ar"]["step"],
             "train_seconds": sum(artifacts[name]["seconds"] for name in stages),
-            "parameters": sum(sizes),
+            "parameters": sum(parameters),
             "bits_per_token": sum(bits[files]),
             "bits_per_stage": bits[files],
             "fine_settings": samples["fine_settings"],
@@ -447,13 +458,9 @@ def judge_all(args, device):
         images = samples["images"].permute(0, 2, 3, 1)
         row |= samples["settings"] | score(images, samples["labels"])
         metrics["rows"].append(row)
-        if samples["model"] == "ctf":  # of several copies, the last one's
-            drawn = stage2_alone(models, fine[:N], y[:N], args.seed)
-            metrics["stage2"] = score(drawn, test_set.y)
     order = list(MODEL_NAMES)
-    metrics["rows"].sort(
-        key=lambda row: (order.index(row["model"]), row["step"], row["cfg_scale"])
-    )
+    place = lambda row: (order.index(row["model"]), row["step"], row["cfg_scale"])
+    metrics["rows"].sort(key=place)
     return metrics
 
 
@@ -465,11 +472,8 @@ def main(argv=None):
     add("--mean-of", type=home, nargs="+", metavar="OUT", help="average these runs")
     networks = ["classifier", "inception"]
     add("--features", choices=networks, default="classifier", help="of the distance")
-    add(
-        "--inception-weights",
-        type=os.path.expanduser,
-        help="inception_v3_google-0cc3c7bd.pth, when offline",
-    )
+    offline = "inception_v3_google-0cc3c7bd.pth, when offline"
+    add("--inception-weights", type=os.path.expanduser, help=offline)
     add("--batch-size", type=at_least(1), default=250, help="images at a time")
     add("--data", type=os.path.expanduser, help=MOVED)
     add("--judge-steps", type=at_least(1), default=800, help="to train the classifier")
@@ -484,9 +488,7 @@ def main(argv=None):
     print_table(metrics)
     print(f"\n{describe(metrics['protocol'])}.")
     if metrics["protocol"]["features"] == "inception":
-        print(
-            "FID: torchvision's Inception v3, not the TensorFlow graph of the papers."
-        )
+        print("FID: torchvision's Inception v3, not the papers' TensorFlow graph.")
     accuracy = metrics["judge"]["test_accuracy"]
     if not math.isnan(accuracy):
         print(f"The judge is right on {accuracy:.2%} of the real test images.")
@@ -496,7 +498,7 @@ def main(argv=None):
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
     plot_metrics(args.out / "metrics.png", metrics)
     written = "metrics.json and metrics.png"
-    if metrics["rows"] != last_steps(metrics["rows"]):
+    if has_copies(metrics["rows"]):
         plot_convergence(args.out / "convergence.png", metrics)
         written += " and convergence.png"
     print(f"wrote {written} to {args.out}")
@@ -516,11 +518,10 @@ def mean_of_seeds(paths):
 
     def protocol_of(run):
         """What must be equal in all runs."""
-        of_rows = "model", "step", "cfg_scale", "temperature", "top_k", "top_p"
-        rows = [[row[key] for key in of_rows] for row in run["rows"]]
-        fine = [row["fine_settings"] for row in run["rows"]]
-        same = "features", "num_samples", "num_real", "data", "seed"
-        return rows, fine, [run["protocol"][key] for key in same]
+        of_run = ("features", "num_samples", "num_real", "data", "seed")
+        of_row = ("model", "step", "fine_settings", *SETTINGS)
+        rows = [[row[key] for key in of_row] for row in run["rows"]]
+        return [run["protocol"][key] for key in of_run], rows
 
     for path, run in zip(paths, runs):
         if protocol_of(run) != protocol_of(runs[0]):
@@ -570,8 +571,15 @@ def describe(protocol):
 
 def last_steps(rows):
     """Of each model the rows of the most trained weights."""
-    last = {row["model"]: row["step"] for row in rows}  # rows come in order of steps
+    last = {}
+    for row in rows:
+        last[row["model"]] = max(row["step"], last.get(row["model"], 0))
     return [row for row in rows if row["step"] == last[row["model"]]]
+
+
+def has_copies(rows):
+    """Whether rows are of several steps of a model: copies that --keep-every left."""
+    return len(last_steps(rows)) < len(rows)
 
 
 def best_rows(rows):
@@ -599,7 +607,7 @@ def named_sets(metrics, rows):
         sets.append(("real coarse labels, fine drawn", "tab:olive", metrics["stage2"]))
     for row in rows:
         name = f"{MODEL_NAMES[row['model']]} samples, guidance {row['cfg_scale']:g}"
-        if rows != last_steps(rows):
+        if has_copies(rows):
             name += f", step {row['step']}"
         sets.append((name, MODEL_COLORS[row["model"]], row))
     return sets
@@ -637,8 +645,9 @@ def plot_lines(ax, rows, x, y, note=None):
         bars = [row["std"][y] for row in own] if "std" in own[0] else None
         name = MODEL_NAMES[model]
         ax.errorbar(xs, ys, bars, color=color, marker="o", capsize=3, label=name)
-        for row in own if note else []:
-            ax.annotate(f" {row[note]:g}", (row[x], row[y]), va="bottom")
+        if note:
+            for row in own:
+                ax.annotate(f" {row[note]:g}", (row[x], row[y]), va="bottom")
     ax.set(xlabel=AXIS_LABELS.get(x, x), ylabel=AXIS_LABELS.get(y, y))
     if y == "fd":
         ax.set_yscale("log")

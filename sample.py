@@ -103,11 +103,11 @@ def sample_batches(models, y, seed, settings, fine_settings, batch_size=100):
     began = time.perf_counter()
     images, coarse, fine = [], [], []
     for part in tqdm(batches, "sample", unit="batch"):
-        drawn = sample_images(models, part, generator, settings, fine_settings)
-        images.append(drawn[0].cpu())
-        if "aux" in models:
-            coarse.append(drawn[1].cpu())
-        fine.append(drawn[2].cpu())
+        pixels, c, q = sample_images(models, part, generator, settings, fine_settings)
+        images.append(pixels.cpu())
+        fine.append(q.cpu())
+        if c is not None:
+            coarse.append(c.cpu())
     speed = len(y) / (time.perf_counter() - began)
     coarse = torch.cat(coarse) if coarse else None
     return torch.cat(images), coarse, torch.cat(fine), speed
@@ -127,7 +127,7 @@ def load_models(out, files, device):
     vqvae, tokenizer = load_tokenizer(out, device)
     models, artifacts = {"vqvae": vqvae}, {"vqvae": tokenizer}
     ids = {"codebook_id": tokenizer["codebook_id"]}
-    if len(files) == 2:
+    if len(files) == 2:  # of CTF: a file of stage 1, a file of stage 2
         clusters = load_clusters(out, **ids)
         ids["cluster_id"] = clusters["cluster_id"]
         g = clusters["code_to_cluster"]
@@ -160,22 +160,18 @@ def main(argv=None):
     parser = CommandLine(__doc__)
     add = parser.add_argument
     scale, positive = at_least(0, float), at_least(1e-3, float)
-    k, p = (
-        "draw among the k likeliest; 0: off",
-        "among the likeliest, of this probability",
-    )
     add("--model", choices=["ctf", "baseline"], default="ctf", help="what to sample")
     add("--kept", action="store_true", help="not the final weights: all kept copies")
     add("--num-samples", type=at_least(1), default=2000, help="images")
     add("--batch-size", type=at_least(1), default=100, help="images at a time")
     which = "names or numbers; default: all, uneven classes as often as in the data"
     add("--classes", type=class_text, nargs="+", help=which)
-    guidance = SETTINGS["cfg_scale"]
-    stage1 = "guidance of stage 1; 1: off; a file for each"
-    add("--cfg-scales", type=scale, nargs="+", default=[guidance], help=stage1)
+    guidance = "guidance of stage 1; 1: off; of several, a file for each"
+    add("--cfg-scales", type=scale, nargs="+", default=[2.0], help=guidance)
     add("--temperature", type=positive, default=1.0, help="of stage 1")
-    add("--top-k", type=at_least(0), default=0, help=f"stage 1: {k}")
-    add("--top-p", type=at_least(1e-3, float, 1), default=1.0, help=f"stage 1: {p}")
+    add("--top-k", type=at_least(0), default=0, help="k likeliest of stage 1; 0: off")
+    share = at_least(1e-3, float, 1)
+    add("--top-p", type=share, default=1.0, help="likeliest of this probability")
     add("--fine-cfg-scale", type=scale, default=1.0, help="of stage 2; 1: off")
     add("--fine-temperature", type=positive, default=1.0, help="of stage 2")
     add("--fine-top-k", type=at_least(0), default=0, help="of stage 2; 0: off")
@@ -190,13 +186,13 @@ def main(argv=None):
     weights = [MODEL_FILES[args.model]]
     if args.kept:
         weights = kept_copies(args.out, args.model)
-    before = None
+    run = None  # the flags of the trainings, the same for all copies
     for files in weights:
         models, artifacts = load_models(args.out, files, device)
         flags = [artifact["settings"] for artifact in artifacts.values()]
-        if before not in (None, flags):
+        if run is not None and run != flags:
             fail(f"{args.out}: {files[0]} is of another run than the copies before")
-        before = flags
+        run = flags
         for cfg_scale in args.cfg_scales:
             stem = "samples" if args.model == "ctf" else "samples-baseline"
             if len(args.cfg_scales) > 1:

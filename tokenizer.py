@@ -74,7 +74,7 @@ class ResBlock(nn.Module):
         super().__init__()
         layers = []
         for _ in range(2):
-            # Groups of as equal size as there can be: 8 of them, if 8 divides channels.
+            # 8 groups, or the most that divide both 8 and channels.
             layers += [nn.GroupNorm(math.gcd(8, channels), channels), nn.SiLU()]
             layers += [nn.Conv2d(channels, channels, 3, padding=1)]
         self.layers = nn.Sequential(*layers)
@@ -107,12 +107,15 @@ class VQVAE(nn.Module):
         super().__init__()
         self.config = config
         halvings = config.downsample.bit_length() - 1  # downsample is 2 ** halvings
-        # From the pixels inwards, by default 48, 96; under 16 a convolution sees little.
+        # By default two levels of 48 and 96 channels, from the pixels inwards; under 16
+        # a convolution sees little.
         widths = [max(16, config.channels // 2**i) for i in reversed(range(halvings))]
         downs, ups = [], []
-        for before, width in zip([3, *widths], widths):  # by default (3, 48), (48, 96)
+        before = 3
+        for width in widths:  # by default 3 -> 48 -> 96, and in the decoder back
             downs.append(Down(before, width))
             ups.append(Up(width, before))
+            before = width
         inner, d = widths[-1], config.code_dim
         to_codes = nn.Conv2d(inner, d, 1)
         from_codes = nn.Conv2d(d, inner, 3, padding=1)
@@ -146,6 +149,7 @@ class VQVAE(nn.Module):
         # of all products may not fit in memory.
         pieces = as_rows(z.detach()).split(1024)  # (<=1024, d)
         # In float32 even under autocast: bfloat16 cannot tell similar products apart.
+        # (max finds the place of the largest sooner than argmax does.)
         with torch.autocast(z.device.type, enabled=False):
             fine = torch.cat([(p @ self.codebook.T).max(dim=1).indices for p in pieces])
         fine = fine.view(len(z), -1)  # (B, T)
@@ -202,9 +206,11 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def set_codes(self, which, vectors):
-        """Place the codes which (n,) at vectors (n, d), as if chosen averagely often."""
+        """Place the codes which (n,) at vectors (n, d), as if they had been chosen as
+        often as the average code."""
         self.codebook[which] = vectors
         self.moving_count[which] = self.moving_count.mean()
+        # The mean anew, which has risen by the line above: any weight near it will do.
         self.moving_sum[which] = vectors * self.moving_count.mean()
 
     @torch.no_grad()
@@ -220,8 +226,8 @@ class VQVAE(nn.Module):
         vectors = [as_rows(self.encode(to_float(images[part]))) for part in parts]
         vectors = torch.cat(vectors)  # (>= K, d)
         chosen = torch.from_numpy(rng.permutation(len(vectors))[:K])
-        everyone = torch.arange(K, device=vectors.device)
-        self.set_codes(everyone, vectors[chosen.to(vectors.device)])
+        all_codes = torch.arange(K, device=vectors.device)
+        self.set_codes(all_codes, vectors[chosen.to(vectors.device)])
 
     def usage(self):
         """(percent of the codes in use, perplexity), from the moving counts.
@@ -284,14 +290,14 @@ def psnr(images, others):
 def train(model, train_set, test_set, optimizer, args, checkpoint, path):
     """Train model on the images of train_set; what is learnt is measured on test_set.
 
-    All around a step (the learning rate, Ctrl-C, saving) is done by training_steps.
+    All around a step (learning rate, measuring, saving, Ctrl-C) is in training_steps.
     """
     # Until then it is a plain autoencoder, so that the codebook starts at vectors that
     # mean something already. The last step always has a codebook.
     codebook_after = min(args.codebook_after, args.steps - 1)
 
     def measure():
-        """What the log and the curves show, every --save-every steps."""
+        """What is printed and plotted of every --save-every steps."""
         some = test_set.x[:1000]
         quality = psnr(some, reconstruct(model, tokenize(model, some)))
         used, perplexity = model.usage()
@@ -388,7 +394,8 @@ def main(argv=None):
     train_set, test_set = train_set.to(device), test_set.to(device)
 
     torch.manual_seed(args.seed)
-    config = VQVAEConfig(**{name: getattr(args, name) for name in vars(default)})
+    size = (args.image_size, args.downsample, args.channels)
+    config = VQVAEConfig(*size, args.codebook_size, args.code_dim)
     model = to_device(VQVAE(config), device)
     fused = device.type != "mps"
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=fused)
@@ -396,13 +403,11 @@ def main(argv=None):
     checkpoint = start_or_resume(args, path, model, optimizer, "tokenizer.py", **ids)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, {args.codebook_size} codes")
-    modules = (torch, torchvision, np, matplotlib)  # what paints and reads the images
     checkpoint["data"] = {
         "name": args.data,
         "image_size": args.image_size,
         "classes": class_names,
         "fingerprint": fingerprint,
-        "versions": {module.__name__: str(module.__version__) for module in modules},
     }
 
     if args.compile:
@@ -449,7 +454,7 @@ def load_images(data, split, image_size):
     data cannot be had, or files are no images or smaller than image_size.
     """
     if data == "glyphs":
-        seed = ["train", "test"].index(split)
+        seed = {"train": 0, "test": 1}[split]
         images, y = paint_glyphs(GLYPH_COUNTS[split], image_size, seed)
         return Examples(images, y), list("0123456789")
     names = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
@@ -585,8 +590,9 @@ def paint_glyphs(count, image_size, seed):
     turn, slant = rng.normal(0, 0.1, (2, count))  # radians, and a slope
     zoom = rng.uniform(0.85, 1.1, count)
     dx, dy = rng.uniform(-0.1, 0.1, (2, count))  # in half widths of the image
-    # (2, 3): where in the glyph a place of the image lies. Divided by the zoom, since a
-    # larger glyph has less of itself in the image.
+    # Where in the glyph a place (x, y) of the image lies: at the matrix of turn times
+    # slant over zoom, times (x, y), plus (dx, dy). Over, since of a larger glyph less is
+    # in the image.
     cos = np.cos(turn) / zoom
     sin = np.sin(turn) / zoom
     affine = np.stack([cos, slant * cos - sin, dx, sin, slant * sin + cos, dy], axis=1)
@@ -683,8 +689,8 @@ def training_steps(args, path, model, optimizer, checkpoint, measure):
     program after a whole step, with everything saved.
     """
     history, first = checkpoint["history"], checkpoint["step"]
-    todo = tqdm(range(first, args.steps), path.stem, args.steps, initial=first)
-    with interruptible() as stop, todo as bar:
+    bar = tqdm(range(first, args.steps), path.stem, args.steps, initial=first)
+    with interruptible() as stop, bar:
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, args.lr)
