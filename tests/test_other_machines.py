@@ -256,7 +256,7 @@ def test_other_class_shares_than_the_test_set_are_warned_of(trained, capsys):
     sample.main([*run[:2], "--num-samples", "12", "--classes", "bee"])
     evaluate.main(run)
     printed = capsys.readouterr().out
-    assert "100% of the CTF samples are of class bee, and 33% of" in printed
+    assert "100% of the CTF samples are of class bee, and\n33% of the test" in printed
 
 
 def test_the_inception_score_of_few_images(trained):

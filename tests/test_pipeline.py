@@ -13,13 +13,13 @@ from tests.conftest import SIZES
 ROOT = Path(__file__).parent.parent
 
 
-def run(folder, script, *flags, code=0):
-    """Run a script in folder, which must exit with code."""
+def run(folder, script, *flags):
+    """Run a script in folder, which must exit with 0."""
     command = [sys.executable, str(ROOT / script), "--device", "cpu", *flags]
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, check=False, timeout=200
     )
-    assert done.returncode == code, done.stderr
+    assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return done
 
@@ -27,11 +27,6 @@ def run(folder, script, *flags, code=0):
 def test_from_images_to_metrics(tmp_path, images):
     few = ["--steps", "3", "--batch-size", "8"]
     model = ["--image-size", "16", "--channels", "16", "--codebook-size", "24"]
-    done = run(tmp_path, "sample.py", code=1)
-    assert (
-        done.stderr
-        == "error: out/tokenizer.pt is missing: run python tokenizer.py first\n"
-    )
     run(
         tmp_path,
         "tokenizer.py",
