@@ -692,8 +692,9 @@ def training_steps(args, path, model, optimizer, checkpoint, measure):
     bar = tqdm(range(first, args.steps), path.stem, args.steps, initial=first)
     with interruptible() as stop, bar:
         for step in bar:
+            rate = learning_rate(step, args.steps, args.lr)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps, args.lr)
+                group["lr"] = rate
             began = time.perf_counter()
             # Seeded by the step, so that a resumed run draws what it would have drawn.
             yield step, np.random.default_rng((args.seed, step))

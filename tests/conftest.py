@@ -1,5 +1,6 @@
 """Tiny inputs for the tests of each stage, made without running any other stage."""
 
+import inspect
 import signal
 
 import numpy as np
@@ -159,3 +160,91 @@ def check_resume(monkeypatch, module, name, command, out, other_out):
         torch.load(o / name, weights_only=True)["history"] for o in (out, other_out)
     ]
     assert history[0]["loss"] == history[1]["loss"]
+
+
+def spy(monkeypatch, owner, name):
+    """The arguments {parameter: value} of every call of owner.name from now on, in a
+    list; "grad" says whether it was a call to learn from. It works as before."""
+    calls, original = [], getattr(owner, name)
+
+    def watched(*args, **kwargs):
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        bound.apply_defaults()
+        calls.append(bound.arguments | {"grad": torch.is_grad_enabled()})
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, watched)
+    return calls
+
+
+def places(rows, everything):
+    """Where each of rows (n, ...) stands in everything (N, ...), -1 if nowhere."""
+    equal = (rows[:, None] == everything[None]).flatten(2).all(dim=2)  # (n, N)
+    return torch.where(equal.any(dim=1), equal.int().argmax(dim=1), -1)
+
+
+def check_schedule(monkeypatch, module, command, path):
+    """What is the same in all trainings: flags, schedule, clipping, clock, checkpoint.
+
+    command: flags but for --steps, --lr, --seed, --save-every and --batch-size.
+    """
+    rates = spy(monkeypatch, tokenizer, "learning_rate")
+    clipped = spy(monkeypatch, torch.nn.utils, "clip_grad_norm_")
+    flags = ["--steps", "6", "--lr", "0.02", "--seed", "3", "--save-every", "4"]
+    with monkeypatch.context() as context:
+        interrupt_at(context, 2)
+        with pytest.raises(SystemExit):
+            module.main([*command, *flags, "--batch-size", "5"])
+    before = torch.load(path, weights_only=True)
+    module.main([*command, *flags, "--batch-size", "5", "--resume"])
+    after = torch.load(path, weights_only=True)
+    assert [call["step"] for call in rates] == [0, 1, 2, 3, 4, 5]  # none twice
+    assert {(call["steps"], call["peak"]) for call in rates} == {(6, 0.02)}
+    group = after["optimizer"]["param_groups"][0]
+    assert group["lr"] == tokenizer.learning_rate(5, 6, 0.02)
+    assert [call["max_norm"] for call in clipped] == [1.0] * 6
+    assert [row["step"] for row in after["history"]["test"]] == [4, 6]
+    assert len(after["history"]["loss"]) == after["step"] == 6
+    seconds = [0, before["seconds"]]
+    seconds += [row["seconds"] for row in after["history"]["test"]]
+    assert seconds == sorted(seconds) and after["seconds"] == seconds[-1] > seconds[1]
+    used = {"steps": 6, "lr": 0.02, "seed": 3, "batch_size": 5}
+    assert used.items() <= after["settings"].items()
+
+
+def check_batches(batches, number, size):
+    """batches of places in the training set: of size, all within, no two the same."""
+    assert len(batches) == number and all(len(batch) == size for batch in batches)
+    assert min(batch.min() for batch in batches) >= 0, "not of the training set"
+    assert len({tuple(batch.tolist()) for batch in batches}) == number
+
+
+def check_what_is_learnt_from(monkeypatch, module, command, sets, losses, means):
+    """Training sees pairs of the training set, some classes null; measuring the test set.
+
+    sets: (training, test) Examples; losses, means: names of the functions in module that
+    take tokens and y, and in which argument the tokens are.
+    """
+    loss_name, tokens_name = losses
+    mean_name, mean_tokens = means
+    learnt = spy(monkeypatch, module, loss_name)
+    measured = spy(monkeypatch, module, mean_name)
+    train_set, test_set = sets
+    batches, classes = [], []
+    for seed in ("0", "1"):
+        learnt.clear()
+        flags = ["--steps", "8", "--seed", seed, "--save-every", "5"]
+        module.main([*command, *flags, "--batch-size", "9"])
+        for call in learnt:
+            if call["grad"]:
+                where = places(call[tokens_name], train_set.x)
+                batches.append(where)
+                y, real = call["y"], train_set.y[where]
+                assert ((y == real) | (y == CLASSES)).all(), "classes of other images"
+                classes += y.tolist()
+    check_batches(batches, 16, 9)
+    assert 0.02 < classes.count(CLASSES) / len(classes) < 0.3  # a tenth is dropped
+    assert len(measured) == 4  # after 5 and 8 steps, two seeds
+    for call in measured:
+        assert torch.equal(call[mean_tokens], test_set.x)
+        assert torch.equal(call["y"], test_set.y)

@@ -7,7 +7,18 @@ from scipy.stats import chisquare
 
 import ar_model
 from ar_model import ARConfig, ARModel, Block, filter_logits, generate, guide
-from tests.conftest import IDS, SIZES, K, M, check_resume, error_of, noisy
+from tests.conftest import (
+    IDS,
+    SIZES,
+    K,
+    M,
+    check_resume,
+    check_schedule,
+    check_what_is_learnt_from,
+    error_of,
+    noisy,
+)
+from tokenizer import Examples, load_tokens
 
 TINY = [*SIZES, "--batch-size", "4", "--save-every", "100"]
 
@@ -292,3 +303,51 @@ def test_kept_copies_and_refused_resumes(out, capsys):
         capsys, ar_model.main, *command, "--labels", "fine", "--resume"
     )
     assert code == 1 and "baseline.pt is missing" in message
+
+
+# ------------------------------------------------------------------ how pieces are joined
+
+G = torch.arange(K) % M  # the clusters of the fixture out
+
+
+@pytest.mark.parametrize(("kind", "V"), [("coarse", M), ("fine", K)])
+def test_it_learns_from_training_tokens_and_measures_test_tokens(
+    out, monkeypatch, kind, V
+):
+    sets = [load_tokens(out, split)[0] for split in ("train", "test")]
+    if kind == "coarse":
+        sets = [Examples(G[examples.x], examples.y) for examples in sets]
+    command = ["--out", str(out), *SIZES, "--labels", kind]
+    names = ("next_token_loss", "tokens"), ("mean_loss", "tokens")
+    check_what_is_learnt_from(monkeypatch, ar_model, command, sets, *names)
+    stem = {"coarse": "coarse", "fine": "baseline"}[kind]
+    model, artifact = ar_model.load_ar(out / f"{stem}.pt", "cpu")
+    assert artifact["config"] == vars(ARConfig(V, 3, [4, 4], 1, 16, 2))
+    row = artifact["history"]["test"][-1]
+    assert row["bits"] == pytest.approx(row["loss"] / math.log(2))
+    assert row["loss"] == pytest.approx(ar_model.mean_loss(model, *sets[1]), rel=1e-4)
+    assert artifact["codebook_id"] == IDS["codebook_id"]
+
+
+def test_flags_schedule_and_clock_of_stage_1(out, monkeypatch):
+    command = ["--out", str(out), "--layers", "1", "--dim", "16", "--heads", "4"]
+    check_schedule(monkeypatch, ar_model, command, out / "coarse.pt")
+    config = torch.load(out / "coarse.pt", weights_only=True)["config"]
+    assert (config["layers"], config["dim"], config["heads"]) == (1, 16, 4)
+
+
+def test_other_clusters_make_a_resume_fail(out, capsys):
+    command = [*TINY, "--out", out, "--steps", 2]
+    ar_model.main([str(a) for a in command])
+    clusters = torch.load(out / "clusters.pt", weights_only=True)
+    torch.save(clusters | {"cluster_id": "others"}, out / "clusters.pt")
+    code, message = error_of(capsys, ar_model.main, *command, "--resume")
+    assert code == 1 and "cluster_id the-clusters, not others" in message
+
+
+def test_copies_are_named_so_that_they_sort_by_step(out):
+    command = [*TINY, "--out", str(out), "--steps", "12", "--keep-every", "4"]
+    ar_model.main(command)
+    copies = sorted(out.glob("coarse-*.pt"))
+    steps = [torch.load(copy, weights_only=True)["step"] for copy in copies]
+    assert steps == [4, 8, 12]

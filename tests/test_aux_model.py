@@ -5,7 +5,18 @@ import torch
 
 import aux_model
 from aux_model import AuxConfig, AuxModel, predict_fine
-from tests.conftest import SIZES, K, M, check_resume, error_of, noisy
+from tests.conftest import (
+    SIZES,
+    K,
+    M,
+    check_resume,
+    check_schedule,
+    check_what_is_learnt_from,
+    error_of,
+    noisy,
+    spy,
+)
+from tokenizer import load_tokens
 
 TINY = [*SIZES, "--batch-size", "4", "--save-every", "100"]
 G = torch.tensor([2, 0, 1, 1, 0, 1, 2, 1, 1, 3])  # 10 codes in clusters of 2, 5, 2, 1
@@ -227,3 +238,32 @@ def test_other_clusters_make_a_resume_fail(out, capsys):
     torch.save(clusters | {"cluster_id": "others"}, out / "clusters.pt")
     code, message = error_of(capsys, aux_model.main, *command, "--resume")
     assert code == 1 and "cluster_id the-clusters, not others" in message
+
+
+# ------------------------------------------------------------------ how pieces are joined
+
+
+def test_it_learns_from_training_tokens_and_measures_test_tokens(out, monkeypatch):
+    sets = [load_tokens(out, split)[0] for split in ("train", "test")]
+    guessed = spy(monkeypatch, aux_model, "guessing")
+    command = ["--out", str(out), *SIZES]
+    names = ("fine_loss", "fine"), ("mean_fine_loss", "fine")
+    check_what_is_learnt_from(monkeypatch, aux_model, command, sets, *names)
+    g = torch.arange(K) % M
+    for call in guessed:
+        assert torch.equal(call["code_to_cluster"], g)
+        assert torch.equal(call["fine"], sets[0].x)
+        assert torch.equal(call["test_fine"], sets[1].x)
+    model, artifact = aux_model.load_aux(out / "fine.pt", g, "cpu")
+    assert artifact["config"] == vars(AuxConfig(M, K, 3, [4, 4], 1, 16, 2))
+    row = artifact["history"]["test"][-1]
+    assert row["bits"] == pytest.approx(row["loss"] / math.log(2))
+    wanted = aux_model.mean_fine_loss(model, *sets[1])
+    assert [row["loss"], row["right"]] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_flags_schedule_and_clock_of_stage_2(out, monkeypatch):
+    command = ["--out", str(out), "--layers", "1", "--dim", "16", "--heads", "4"]
+    check_schedule(monkeypatch, aux_model, command, out / "fine.pt")
+    config = torch.load(out / "fine.pt", weights_only=True)["config"]
+    assert (config["layers"], config["dim"], config["heads"]) == (1, 16, 4)

@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 import cluster
 import tokenizer
 from cluster import kmeans, swap_within_clusters
-from tests.conftest import IDS, K
+from tests.conftest import IDS, K, spy
 
 
 @pytest.fixture
@@ -153,3 +153,56 @@ def test_clusters_change_their_name_with_their_content(out):
         )
         names.add(cluster.load_clusters(out, IDS["codebook_id"])["cluster_id"])
     assert len(names) == 3
+
+
+# ------------------------------------------------------------------ how pieces are joined
+
+
+@pytest.mark.parametrize("method", ["kmeans", "random"])
+def test_the_picture_shows_test_images_beside_their_own_tokens(
+    out, images, monkeypatch, method
+):
+    runs = spy(monkeypatch, cluster, "kmeans")
+    shown = spy(monkeypatch, cluster, "plot_swaps")
+    flags = f"--clusters 5 --seed 7 --restarts 2 --max-iter 9 --method {method}"
+    cluster.main(["--out", str(out), *flags.split()])
+    codebook = tokenizer.load_tokenizer(out, torch.device("cpu"))[0].codebook.numpy()
+    assert [(run["k"], run["seed"], run["max_iter"]) for run in runs] == [
+        (5, 7, 9),
+        (5, 8, 9),
+    ]
+    assert all((run["x"] == codebook).all() for run in runs)
+    (call,) = shown
+    test_set, _ = tokenizer.load_images(str(images), "test", 16)
+    tokens, _ = tokenizer.load_tokens(out, "test")
+    assert torch.equal(call["images"], test_set.x[:10])
+    assert (call["fine"] == tokens.x[:10].numpy()).all()
+    assert call["model"].codebook.numpy().tolist() == codebook.tolist()
+    # In the picture the clusters are those of k-means, whatever is written.
+    best = min((kmeans(codebook, 5, seed, max_iter=9) for seed in (7, 8)), key=last)
+    assert (call["code_to_cluster"] == best[0]).all()
+    written = cluster.load_clusters(out, IDS["codebook_id"])
+    assert written["method"] == method
+    if method == "kmeans":
+        assert written["inertia"] == pytest.approx(best[2])
+        assert written["code_to_cluster"].tolist() == best[0].tolist()
+
+
+def last(run):
+    return run[2][-1]
+
+
+def test_an_empty_cluster_does_not_rob_one_of_a_single_row():
+    # The farthest row is alone in its cluster: the next one has to give.
+    x = np.array([[0.0], [1.0], [100.0]])
+    assignment, _, inertia = kmeans(x, 3, init=[[0.0], [60.0], [-900.0]], max_iter=1)
+    assert sorted(assignment) == [0, 1, 2] and inertia[-1] == 0
+
+
+def test_the_centroids_of_the_control_are_the_means_of_its_clusters(out):
+    cluster.main(["--out", str(out), "--clusters", "5", "--method", "random"])
+    artifact = cluster.load_clusters(out, IDS["codebook_id"])
+    codebook = tokenizer.load_tokenizer(out, torch.device("cpu"))[0].codebook
+    means = artifact["centroids"][artifact["code_to_cluster"]]
+    wanted = (codebook - means).square().sum().item()
+    assert artifact["inertia"] == [pytest.approx(wanted, rel=1e-5)]

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 import tokenizer
-from tests.conftest import check_resume, error_of
+from tests.conftest import (
+    check_batches,
+    check_resume,
+    check_schedule,
+    error_of,
+    places,
+    spy,
+)
 from tokenizer import VQVAE, VQVAEConfig
 
 TINY = ["--image-size", "16", "--channels", "16", "--codebook-size", "24"]
@@ -339,3 +346,118 @@ def test_a_dataset_that_cannot_be_downloaded(tmp_path, capsys, monkeypatch):
     assert (
         code == 1 and str(tmp_path / "data") in message and "--data glyphs" in message
     )
+
+
+# ------------------------------------------------------------------ how pieces are joined
+
+
+def both_sets(images):
+    return [
+        tokenizer.load_images(str(images), split, 16)[0] for split in ("train", "test")
+    ]
+
+
+def test_it_learns_from_training_images_and_measures_test_images(
+    images, tmp_path, monkeypatch
+):
+    train_set, test_set = both_sets(images)
+    forwards = spy(monkeypatch, VQVAE, "forward")
+    measured = spy(monkeypatch, tokenizer, "psnr")
+    command = [*TINY, "--data", str(images), "--out", str(tmp_path), "--steps", "5"]
+    batches = {}
+    for seed in (0, 1):
+        forwards.clear()
+        tokenizer.main([*command, "--seed", str(seed), "--save-every", "2"])
+        everything = tokenizer.to_float(train_set.x)
+        batches[seed] = [places(call["x"], everything) for call in forwards]
+        check_batches(batches[seed], 5, 4)
+        # --codebook-after 2
+        assert [call["quantized"] for call in forwards] == [False] * 2 + [True] * 3
+    check_batches(batches[0] + batches[1], 10, 4)  # no draw of seed 0 returns in seed 1
+    assert len(measured) == 8  # after 2, 4 and 5 steps, and all at the end; two seeds
+    assert all(torch.equal(call["images"], test_set.x) for call in measured)
+
+
+def test_flags_schedule_and_clock_of_the_tokenizer(images, tmp_path, monkeypatch):
+    command = [*TINY[:6], "--codebook-after", "2", "--data", str(images)]
+    command += ["--code-dim", "5", "--downsample", "2", "--out", str(tmp_path)]
+    check_schedule(monkeypatch, tokenizer, command, tmp_path / "tokenizer.pt")
+    model, artifact = tokenizer.load_tokenizer(tmp_path, torch.device("cpu"))
+    assert artifact["config"] == vars(VQVAEConfig(16, 2, 16, 24, 5))
+    assert artifact["data"]["name"] == str(images)
+    assert artifact["data"]["image_size"] == 16
+    # tokens.pt: of the last weights, each image beside its class.
+    for split, examples in zip(("train", "test"), both_sets(images)):
+        tokens, file = tokenizer.load_tokens(tmp_path, split)
+        assert torch.equal(tokens.x, tokenizer.tokenize(model, examples.x))
+        assert torch.equal(tokens.y, examples.y)
+        assert file["codebook_id"] == artifact["codebook_id"]
+    assert file["classes"] == ["ant", "bee", "cat"] and file["codebook_size"] == 24
+    assert tuple(file["grid"]) == (8, 8)
+
+
+def test_the_codebook_follows_the_vectors_of_the_batch(images, tmp_path, monkeypatch):
+    updates = spy(monkeypatch, VQVAE, "update_codebook")
+    command = [*TINY, "--data", str(images), "--out", str(tmp_path), "--steps", "4"]
+    tokenizer.main(command)
+    assert len(updates) == 2  # in the steps 2 and 3
+    for call in updates:
+        assert call["z"].shape == (4, 8, 4, 4) and not call["z"].requires_grad
+        assert call["fine"].shape == (4, 16)
+
+
+def test_a_reborn_code_weighs_as_much_as_an_average_one(model):
+    model.moving_count.fill_(7.0)
+    vector = unit_vectors(1, 8)
+    model.set_codes(torch.tensor([5]), vector)
+    torch.testing.assert_close(model.moving_sum[5], 7 * vector[0])
+    assert model.moving_count[5] == 7 and torch.equal(model.codebook[5], vector[0])
+
+
+def test_psnr_is_the_mean_over_images_not_that_of_the_pooled_error():
+    images = torch.full((2, 4, 4, 3), 100, dtype=torch.uint8)
+    others = images + torch.tensor([5, 50], dtype=torch.uint8).view(2, 1, 1, 1)
+    each = [20 * math.log10(255 / 5), 20 * math.log10(255 / 50)]
+    assert tokenizer.psnr(images, others) == pytest.approx(sum(each) / 2)
+
+
+def test_glyphs_show_the_digit_of_their_label_after_the_first_thousand():
+    images, y = tokenizer.paint_glyphs(1800, 32, seed=0)
+    brightness = images.amax(dim=-1).float().flatten(1)[1000:]
+    means = torch.stack([brightness[y[1000:] == digit].mean(0) for digit in range(10)])
+    masters = F.avg_pool2d(tokenizer.glyph_masters(64).mean(0)[:, None], 2).flatten(1)
+    likeness = torch.corrcoef(torch.cat([means, masters]))[:10, 10:]
+    assert likeness.argmax(dim=1).tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
+def test_train_and_test_of_a_known_data_set(monkeypatch, name):
+    def known(root, train, download):
+        shape = (6, 32, 32, 3) if name == "cifar10" else (6, 28, 28)
+        data = np.full(shape, 10 if train else 20, np.uint8)
+        data[:, 0, 0] = 99
+        data = data if name == "cifar10" else torch.from_numpy(data)
+        return type("Known", (), {"data": data, "targets": [0, 1] * 3, "classes": "ab"})
+
+    names = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+    monkeypatch.setattr(tokenizer.torchvision.datasets, names[name], known)
+    for split, value in (("train", 10), ("test", 20)):
+        (x, y), classes = tokenizer.load_images(name, split, 32)
+        assert x.shape == (6, 32, 32, 3) and x.dtype == torch.uint8
+        assert (x[:, 16, 16] == value).all() and classes == ["a", "b"]
+        border = 0 if name == "cifar10" else 2  # grey images are padded
+        assert (x[:, border, border] == 99).all() and y.tolist() == [0, 1] * 3
+
+
+def test_test_is_preferred_to_val_and_images_are_turned_then_resized(tmp_path):
+    for split, value in (("train", 10), ("val", 20), ("test", 30)):
+        folder = tmp_path / split / "ant"
+        folder.mkdir(parents=True)
+        pixels = np.full((16, 24, 3), value, np.uint8)
+        pixels[:2] = 250  # a bright upper edge, which a crop before resizing would lose
+        exif = Image.Exif()
+        exif[0x0112] = 3  # the camera stood on its head
+        Image.fromarray(pixels).save(folder / "0.png", exif=exif)
+    (x, _), _ = tokenizer.load_images(str(tmp_path), "test", 8)
+    assert (x[:, :6] == 30).all(), "not the images of test/"
+    assert (x[:, 7] > 200).all(), "not turned as EXIF says, or cropped before resizing"
