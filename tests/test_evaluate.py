@@ -11,7 +11,7 @@ import evaluate
 import sample
 from evaluate import frechet_distance, inception_score, precision_recall
 from sample import MODEL_FILES
-from tests.conftest import K, M, error_of
+from tests.conftest import K, M, error_of, spy
 from tests.test_sample import generate, predict_fine
 
 HELDOUT = {"coarse": 2.5, "baseline": 4.25, "fine": 1.5}  # nats
@@ -378,3 +378,129 @@ def test_inception_features_come_before_the_head(tmp_path):
     with torch.no_grad():
         wanted = model.eval()(x)
     np.testing.assert_allclose(logits, wanted, rtol=1e-3, atol=1e-4)
+
+
+# ------------------------------------------------------------------ how pieces are joined
+
+
+def test_each_set_is_measured_with_its_own_images_and_classes(
+    trained, images, monkeypatch
+):
+    sample.main(["--out", str(trained), "--num-samples", "16"])
+    sample.main(["--out", str(trained), "--num-samples", "20", "--model", "baseline"])
+    trainings = spy(monkeypatch, evaluate, "train_classifier")
+    measured = spy(monkeypatch, evaluate, "measure")
+    looked = spy(monkeypatch, evaluate, "look")
+    flags = ["--judge-steps", "3", "--seed", "5", "--batch-size", "64"]
+    evaluate.main(["--out", str(trained), *flags])
+    train_set, _ = evaluate.load_images(str(images), "train", 16)
+    test_set, _ = evaluate.load_images(str(images), "test", 16)
+    (training,) = trainings
+    assert torch.equal(training["train_set"].x, train_set.x), (
+        "the judge saw other images"
+    )
+    assert torch.equal(training["train_set"].y, train_set.y)
+    assert (training["steps"], training["seed"]) == (3, 5)
+    assert torch.equal(looked[0]["images"], test_set.x)  # the real features
+    vqvae, _ = evaluate.load_tokenizer(trained, torch.device("cpu"))
+    fine = evaluate.load_tokens(trained, "test")[0].x
+    drawn = {
+        name: torch.load(trained / f"{name}.pt", weights_only=True)
+        for name in ("samples", "samples-baseline")
+    }
+    wanted = [(train_set.x, train_set.y)]
+    wanted += [(evaluate.reconstruct(vqvae, fine), test_set.y)]
+    wanted += [(None, test_set.y)] * 3  # two swaps, stage 2 alone: of test images
+    wanted += [(f["images"].permute(0, 2, 3, 1), f["labels"]) for f in drawn.values()]
+    N = 16  # of all sets, the least
+    for x, y in wanted:
+        found = [
+            call
+            for call in measured
+            if torch.equal(call["y"], y[:N])
+            and (x is None or torch.equal(call["images"], x[:N]))
+        ]
+        assert found, "a set of images is missing, or measured with other classes"
+    assert len(measured) == len(wanted) and all(len(c["y"]) == N for c in measured)
+    real_features = looked[0]["network"](evaluate.to_float(test_set.x))[0]
+    for call in measured:
+        np.testing.assert_allclose(
+            call["real_features"], real_features.detach(), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_rows_hold_the_settings_seconds_and_sizes_of_their_own_model(trained):
+    fine = torch.load(trained / "fine.pt", weights_only=True)
+    torch.save(fine | {"seconds": 10.0}, trained / "fine.pt")
+    flags = ["--out", str(trained), "--num-samples", "16", "--seed", "6"]
+    sample.main([*flags, "--temperature", "0.5", "--fine-top-k", "3"])
+    sample.main([*flags, "--model", "baseline", "--top-k", "7"])
+    ctf, baseline = run(trained)["rows"]
+    assert (ctf["temperature"], ctf["top_k"], ctf["seed"]) == (0.5, 0, 6)
+    assert ctf["fine_settings"]["top_k"] == 3 and baseline["top_k"] == 7
+    assert (ctf["train_seconds"], baseline["train_seconds"]) == (11.5, 1.5)
+    for row, files in zip((ctf, baseline), MODEL_FILES.values()):
+        models = [torch.load(trained / name, weights_only=True) for name in files]
+        sizes = [w.numel() for model in models for w in model["model"].values()]
+        assert row["parameters"] == sum(sizes)
+
+
+@pytest.mark.parametrize("flags", [["--judge-steps", "4"], ["--seed", "1"]])
+def test_another_judge_is_trained_for_other_flags(trained, monkeypatch, flags):
+    sample.main(["--out", str(trained), "--num-samples", "16"])
+    evaluate.main(["--out", str(trained), "--judge-steps", "3"])
+    trainings = spy(monkeypatch, evaluate, "train_classifier")
+    evaluate.main(["--out", str(trained), "--judge-steps", "3"])
+    assert not trainings
+    evaluate.main(["--out", str(trained), "--judge-steps", "3", *flags])
+    assert len(trainings) == 1, "a stale judge was used"
+
+
+def test_another_judge_is_trained_for_other_classes(images, tmp_path):
+    train_set, _ = evaluate.load_images(str(images), "train", 16)
+    path, cpu = tmp_path / "classifier.pt", torch.device("cpu")
+    args = SimpleNamespace(judge_steps=2, seed=0, batch_size=250)
+    evaluate.get_classifier(path, train_set, 3, args, cpu)
+    written = path.stat().st_mtime_ns
+    evaluate.get_classifier(
+        path, train_set._replace(y=train_set.y.flip(0)), 3, args, cpu
+    )
+    assert path.stat().st_mtime_ns > written
+
+
+def test_runs_of_unequal_size_are_not_averaged(trained, tmp_path, capsys):
+    sample.main(["--out", str(trained), "--num-samples", "16"])
+    text = json.dumps(run(trained))
+    for change in ('"num_samples": 16', '"num_real": 24', '"top_k": 0', '"step": 7'):
+        assert change in text
+        other = text.replace(change, change[:-1] + "9")
+        for name, content in (("a", text), ("b", other)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "metrics.json").write_text(content)
+        command = "--out", tmp_path / "c", "--mean-of", tmp_path / "a", tmp_path / "b"
+        code, message = error_of(capsys, evaluate.main, *command)
+        assert code == 1 and "differ in" in message
+
+
+def test_bits_are_nats_over_ln_2_and_add_up(trained):
+    models, _ = sample.load_models(trained, MODEL_FILES["ctf"], torch.device("cpu"))
+    tokens = evaluate.load_tokens(trained, "test")[0]
+    bits = evaluate.bits_per_token(models, *tokens)
+    assert bits == pytest.approx([2.5 / math.log(2), 1.5 / math.log(2)])
+
+
+def test_the_swap_is_of_the_first_test_tokens_and_the_clusters_on_disk(
+    trained, monkeypatch
+):
+    swapped = spy(monkeypatch, evaluate, "swap_within_clusters")
+    alone = spy(monkeypatch, evaluate, "stage2_alone")
+    sample.main(["--out", str(trained), "--num-samples", "16"])
+    run(trained)
+    fine, y = evaluate.load_tokens(trained, "test")[0]
+    g = (np.arange(K) % M).tolist()
+    assert [(call["tokens"] == fine[:16].numpy()).all() for call in swapped] == [
+        True
+    ] * 2
+    assert [call["code_to_cluster"].tolist() == g for call in swapped] == [False, True]
+    (call,) = alone
+    assert torch.equal(call["fine"], fine[:16]) and torch.equal(call["y"], y[:16])

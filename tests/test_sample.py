@@ -5,8 +5,8 @@ from PIL import Image
 
 import sample
 from sample import FINE_SETTINGS, MODEL_FILES, SETTINGS
-from tests.conftest import K, M, T, error_of
-from tokenizer import reconstruct, to_uint8
+from tests.conftest import K, M, T, error_of, places, spy
+from tokenizer import load_images, load_tokens, reconstruct, to_uint8
 
 G = torch.arange(K) % M
 
@@ -177,3 +177,92 @@ def test_anatomy_is_drawn(trained, capsys, monkeypatch):
     assert (trained / "anatomy.png").stat().st_size > 10_000
     flags = "--anatomy", "--model", "baseline"
     assert error_of(capsys, sample.main, "--out", trained, *flags)[0] == 2
+
+
+# ------------------------------------------------------------------ how pieces are joined
+
+
+def test_every_flag_reaches_the_drawing_and_is_recorded(trained, monkeypatch):
+    drawn = spy(monkeypatch, sample, "sample_images")
+    flags = ["--cfg-scales=3", "--temperature=0.7", "--top-k=9", "--top-p=0.8"]
+    flags += ["--fine-cfg-scale=2", "--fine-temperature=0.6", "--fine-top-k=5"]
+    flags += ["--seed=4", "--batch-size=4", "--classes", "2", "0"]
+    samples = draw(trained, *flags)
+    settings = {"cfg_scale": 3.0, "temperature": 0.7, "top_k": 9, "top_p": 0.8}
+    fine_settings = {"cfg_scale": 2.0, "temperature": 0.6, "top_k": 5}
+    assert [call["y"].tolist() for call in drawn] == [[2, 0, 2, 0], [2, 0]]
+    for call in drawn:
+        assert call["settings"] == settings and call["fine_settings"] == fine_settings
+    assert samples["settings"] == settings and samples["fine_settings"] == fine_settings
+    assert samples["seed"] == 4 and samples["batch_size"] == 4
+    assert samples["labels"].tolist() == [2, 0, 2, 0, 2, 0]
+    assert samples["model"] == "ctf" and samples["weights"] == ["coarse.pt", "fine.pt"]
+    vqvae, _ = sample.load_tokenizer(trained, torch.device("cpu"))
+    pixels = reconstruct(vqvae, samples["fine"]).permute(0, 3, 1, 2)
+    assert torch.equal(samples["images"], pixels), "images and tokens of other samples"
+
+
+def test_a_file_for_each_guidance_scale(trained):
+    flags = ["--out", str(trained), "--num-samples", "6"]
+    sample.main([*flags, "--cfg-scales", "1", "2.5"])
+    names = sorted(path.name for path in trained.glob("samples*.pt"))
+    assert names == ["samples-cfg1.pt", "samples-cfg2.5.pt"]
+    for name, scale in zip(names, (1.0, 2.5)):
+        alone = draw(trained, "--cfg-scales", str(scale))
+        file = torch.load(trained / name, weights_only=True)
+        assert file["settings"]["cfg_scale"] == scale
+        assert torch.equal(file["fine"], alone["fine"]), "not what this scale draws"
+
+
+def test_kept_copies_are_drawn_each_with_its_own_weights(trained):
+    for stem in ("coarse", "fine"):
+        artifact = torch.load(trained / f"{stem}.pt", weights_only=True)
+        for step in (200, 1000):
+            weights = {k: v * step / 1000 for k, v in artifact["model"].items()}
+            copy = artifact | {"model": weights, "step": step}
+            torch.save(copy, trained / f"{stem}-{step:06d}.pt")
+    files = ["samples-000200.pt", "samples-001000.pt"]
+    sample.main(["--out", str(trained), "--num-samples", "6", "--kept"])
+    assert sorted(path.name for path in trained.glob("samples*.pt")) == files
+    early, late = (torch.load(trained / name, weights_only=True) for name in files)
+    assert early["weights"] == ["coarse-000200.pt", "fine-000200.pt"]
+    assert early["training"]["ar"]["step"] == early["training"]["aux"]["step"] == 200
+    assert not torch.equal(early["fine"], late["fine"])
+    assert torch.equal(late["fine"], draw(trained)["fine"])  # the final weights
+
+
+def test_rows_of_the_picture_are_of_the_class_beside_them(trained, monkeypatch):
+    saved = spy(monkeypatch, sample, "save_figure")
+    samples = draw(trained, "--classes", "2", "0")
+    (call,) = saved
+    rows = {}
+    for ax in call["figure"].axes:
+        if ax.get_ylabel():
+            rows[ax.get_ylabel()] = torch.from_numpy(ax.images[0].get_array().data)
+    images = samples["images"].permute(0, 2, 3, 1)
+    assert list(rows) == ["class ant", "class cat"]
+    for name, y in (("class ant", 0), ("class cat", 2)):
+        assert torch.equal(rows[name], images[samples["labels"] == y][0])
+
+
+def test_the_anatomy_is_of_an_image_its_tokens_and_its_class(
+    trained, images, monkeypatch
+):
+    opened = spy(monkeypatch, sample, "anatomy")
+    samples = draw(trained, "--anatomy", "--classes", "2")
+    real, drawn = opened
+    (x, y), _ = load_images(str(images), "test", 16)
+    where = places(real["image"][None], x)
+    assert y[where] == 2 and real["y"] == 2 and drawn["y"] == 2
+    tokens, _ = load_tokens(trained, "test")
+    assert torch.equal(real["fine"], tokens.x[where]), "tokens of another image"
+    assert torch.equal(drawn["image"], samples["images"][0].permute(1, 2, 0))
+    assert torch.equal(drawn["fine"], samples["fine"][:1])
+
+
+def test_no_picture_of_an_earlier_longer_run_is_left(trained):
+    draw(trained, "--npz")
+    sample.main(["--out", str(trained), "--num-samples", "4", "--npz"])
+    names = sorted(path.name for path in (trained / "samples").iterdir())
+    assert names == [f"{i:06d}.png" for i in range(4)]
+    assert len(np.load(trained / "samples.npz")["arr_0"]) == 4
