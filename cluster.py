@@ -73,7 +73,6 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
             sizes[assignment[row]] -= 1
             sizes[empty] = 1
             assignment[row] = empty
-            distance[row] = 0
         centroids = cluster_means(x, assignment, sizes)
         inertia.append(((x - centroids[assignment]) ** 2).sum())
         if previous is not None and (assignment == previous).all():
