@@ -33,8 +33,11 @@ from tokenizer import (
     CommandLine,
     Examples,
     Figure,
+    Learner,
     at_least,
     autocast,
+    backward_clip_step,
+    gradient_scaler,
     load,
     load_tokens,
     load_weights,
@@ -274,11 +277,12 @@ def generate(model, y, generator, cfg_scale=1.0, temperature=1.0, top_k=0, top_p
 # Training
 
 
-def train(model, train_set, test_set, optimizer, args, checkpoint, path):
-    """Train model on the tokens of train_set; what is learnt is measured on test_set.
+def train(learner, train_set, test_set, args, checkpoint, path):
+    """Train learner.model on the tokens of train_set; measure it on test_set.
 
     All around a step (learning rate, measuring, saving, Ctrl-C) is in training_steps.
     """
+    model = learner.model
     V = model.config.vocabulary
 
     def measure():
@@ -286,16 +290,13 @@ def train(model, train_set, test_set, optimizer, args, checkpoint, path):
         nats = mean_loss(model, *test_set.first(1000))
         return {"loss": nats, "bits": nats / math.log(2)}
 
-    steps = training_steps(args, path, model, optimizer, checkpoint, measure)
+    steps = training_steps(args, path, learner, checkpoint, measure)
     for step, rng in steps:
         tokens, y = train_set.batch(rng, args.batch_size)
         y = drop_classes(y, model.config.num_classes, rng)
         with autocast(y.device):
             loss = next_token_loss(model, tokens, y)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        backward_clip_step(loss, *learner)
         checkpoint["history"]["loss"].append(loss.item())
         if step == 0:
             guess = f"guessing is ln {V} = {math.log(V):.3f}"
@@ -323,7 +324,9 @@ def mean_loss(model, tokens, y):
     """next_token_loss over all of tokens (N, T) and y (N,), a float."""
     total, size = 0.0, at_once(64, tokens)
     for part, part_y in zip(tokens.split(size), y.split(size)):
-        total += next_token_loss(model, part, part_y).item() * len(part)
+        with autocast(part.device):
+            loss = next_token_loss(model, part, part_y)
+        total += loss.item() * len(part)
     return total / len(tokens)
 
 
@@ -381,14 +384,14 @@ def main(argv=None):
     num_classes, grid = len(artifact["classes"]), list(artifact["grid"])
     config = ARConfig(V, num_classes, grid, args.layers, args.dim, args.heads)
     model = ARModel(config).to(device)
-    optimizer = adamw(model, args.lr)
-    checkpoint = start_or_resume(args, path, model, optimizer, script, **ids)
+    learner = Learner(model, adamw(model, args.lr), gradient_scaler(device))
+    checkpoint = start_or_resume(args, path, learner, script, **ids)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters over {V} {args.labels} labels, on {device}")
 
     if args.compile:
         model.compile()
-    train(model, train_set, test_set, optimizer, args, checkpoint, path)
+    train(learner, train_set, test_set, args, checkpoint, path)
     title = f"{path.name}: the next of {V} {args.labels} labels"
     plot_curves(path.with_suffix(".png"), title, checkpoint["history"], math.log(V))
     print(f"wrote {path.name} and {path.stem}.png to {args.out}")

@@ -43,7 +43,10 @@ from ar_model import (
 from cluster import load_clusters
 from tokenizer import (
     CommandLine,
+    Learner,
     autocast,
+    backward_clip_step,
+    gradient_scaler,
     load,
     load_tokens,
     load_weights,
@@ -120,17 +123,28 @@ class AuxModel(nn.Module):
         for block in self.blocks:
             x = block(x, self.rotary)  # (B, T + 1, dim)
         x = self.norm(x[:, 1:])  # (B, T, dim): nothing is read off the class token
-        logits = self.cluster_logits(x.flatten(0, 1), coarse.flatten())
+        x, coarse_n = x.flatten(0, 1), coarse.flatten()
+        logits = self.cluster_logits(x, coarse_n, dense=x.is_cuda)
         return logits.unflatten(0, coarse.shape)
 
-    def cluster_logits(self, x, coarse):
+    def cluster_logits(self, x, coarse, dense=False):
         """Features (n, dim) of n = B T tokens and their coarse labels (n,) -> float32
-        logits (n, S): those of the codes members[coarse], -inf where there is none."""
-        # What is computed here, in three lines:
-        #     logits = x @ self.head.weight.T  # (n, K): the K-way head of the paper
-        #     logits = logits.gather(1, self.members[coarse].clamp(min=0))  # (n, S)
-        #     return logits.masked_fill(self.members[coarse] < 0, -math.inf)
-        # But of n K products only n S at most are needed. So: the tokens sorted by
+        logits (n, S): those of the codes members[coarse], -inf where there is none.
+
+        dense: by a few large products (for a GPU), not by many small ones; the logits
+        are the same.
+        """
+        S = self.members.shape[1]
+        logits = []
+        if dense:  # the K-way head of the paper, of which the members are picked
+            size = max(1, 2**27 // len(self.rank))  # tokens at a time: (size, K) fits
+            for x_n, coarse_n in zip(x.split(size), coarse.split(size)):
+                members = self.members[coarse_n]  # (size, S)
+                products = x_n @ self.head.weight.T  # (size, K)
+                picked = products.gather(1, members.clamp(min=0)).float()
+                logits.append(picked.masked_fill(members < 0, -math.inf))
+            return torch.cat(logits)
+        # Of these n K products only n S at most are needed. So: the tokens sorted by
         # cluster, and for each cluster one product of its tokens with its codes alone.
         order = coarse.argsort()
         counts = coarse.bincount(minlength=len(self.sizes)).tolist()  # tokens, of each
@@ -138,8 +152,6 @@ class AuxModel(nn.Module):
         weights = self.head.weight[self.by_cluster].split(
             self.sizes
         )  # M of (size, dim)
-        S = self.members.shape[1]
-        logits = []
         for x_m, w_m in zip(tokens, weights):
             products = x_m @ w_m.T  # (tokens of the cluster, its size)
             logits.append(F.pad(products, (0, S - len(w_m)), value=-math.inf))
@@ -182,27 +194,25 @@ def predict_fine(model, coarse, y, generator, cfg_scale=1.0, temperature=1.0, to
 # Training
 
 
-def train(model, train_set, test_set, optimizer, args, checkpoint, path):
-    """Train model on the tokens of train_set; what is learnt is measured on test_set.
+def train(learner, train_set, test_set, args, checkpoint, path):
+    """Train learner.model on the tokens of train_set; measure it on test_set.
 
     All around a step (learning rate, measuring, saving, Ctrl-C) is in training_steps.
     """
+    model = learner.model
 
     def measure():
         """What is printed and plotted of every --save-every steps."""
         nats, right = mean_fine_loss(model, *test_set.first(1000))
         return {"loss": nats, "bits": nats / math.log(2), "right": right}
 
-    steps = training_steps(args, path, model, optimizer, checkpoint, measure)
+    steps = training_steps(args, path, learner, checkpoint, measure)
     for step, rng in steps:
         fine, y = train_set.batch(rng, args.batch_size)
         y = drop_classes(y, model.config.num_classes, rng)
         with autocast(y.device):
             loss, _ = fine_loss(model, fine, y)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        backward_clip_step(loss, *learner)
         checkpoint["history"]["loss"].append(loss.item())
         if step == 0:
             tqdm.write(f"first loss {loss:.3f}")
@@ -214,7 +224,8 @@ def mean_fine_loss(model, fine, y):
     total = torch.zeros(2)
     size = at_once(64, fine)
     for part, part_y in zip(fine.split(size), y.split(size)):
-        loss, right = fine_loss(model, part, part_y)
+        with autocast(part.device):
+            loss, right = fine_loss(model, part, part_y)
         total += len(part) * torch.tensor([loss.item(), right.item()])
     return (total / len(fine)).tolist()
 
@@ -260,8 +271,8 @@ def main(argv=None):
     num_classes, grid = len(artifact["classes"]), list(artifact["grid"])
     config = AuxConfig(M, K, num_classes, grid, args.layers, args.dim, args.heads)
     model = AuxModel(config, g).to(device)
-    optimizer = adamw(model, args.lr)
-    checkpoint = start_or_resume(args, path, model, optimizer, "aux_model.py", **ids)
+    learner = Learner(model, adamw(model, args.lr), gradient_scaler(device))
+    checkpoint = start_or_resume(args, path, learner, "aux_model.py", **ids)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, {M} coarse to {K} fine labels, on {device}")
 
@@ -270,7 +281,7 @@ def main(argv=None):
             block.compile()
     nats, right = guessing(model.code_to_cluster, train_set.x, test_set.x)
     print(f"guessing within the cluster: {nats:.3f} nats, {right:.1%} right")
-    train(model, train_set, test_set, optimizer, args, checkpoint, path)
+    train(learner, train_set, test_set, args, checkpoint, path)
     title = f"fine.pt: the code within its cluster ({K} codes, {M} clusters)"
     plot_curves(args.out / "fine.png", title, checkpoint["history"], nats)
     print(f"wrote fine.pt and fine.png to {args.out}")

@@ -206,10 +206,10 @@ def main(argv=None):
 
     rng = np.random.default_rng(args.seed)
     where = args.data or data["name"]
-    images, _ = load_images(where, "test", data["image_size"])
-    check_images(tokenizer, where, "first", images.first(10))
-    shown, fine = images.x[:10], test_tokens.x[:10].numpy()
-    plot_swaps(args.out / "clusters.png", model, shown, fine, code_to_cluster, rng)
+    shown, _ = load_images(where, "test", data["image_size"], count=10)
+    check_images(tokenizer, where, "first", shown)
+    fine = test_tokens.x[:10].numpy()
+    plot_swaps(args.out / "clusters.png", model, shown.x, fine, code_to_cluster, rng)
     if args.method == "random":
         # The clusters keep their sizes, and get other codes.
         print("clusters permuted over the codes: this is the control, not the method")

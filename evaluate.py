@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from scipy.spatial.distance import cdist
 from scipy.special import log_softmax, logsumexp
 from torch import nn
 from torchvision.transforms.functional import gaussian_blur
@@ -116,27 +115,53 @@ def inception_score(logits, splits=10):
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def precision_recall(real, fake, k=3):
+def precision_recall(real, fake, k=3, device="cpu", real_radius=None):
     """Improved precision and recall (Kynkäänniemi et al. 2019).
 
     real (N, F) and fake (N', F), more than one row each. A point is covered by a set if
     some member of the set is no farther from it than from its own k-th neighbour in the
-    set. precision: the share of fake covered by real; recall: of real by fake.
+    set (its last one, if it has fewer). precision: the share of fake covered by real;
+    recall: of real by fake. real_radius: neighbour_radius(real, k, device), if known.
     """
+    if real_radius is None:
+        real_radius = neighbour_radius(real, k, device)
+    fake_radius = neighbour_radius(fake, k, device)
+    precision = covered(fake, real, real_radius, device)
+    return precision, covered(real, fake, fake_radius, device)
 
-    def covered(points, members):
-        """The share of points (N, F) that are covered by members (N', F)."""
-        # 1,000 rows at a time: the table of all distances may not fit in memory.
-        blocks = np.array_split(members, 1 + len(members) // 1000)
-        # The nearest is the member itself, at 0; so the k-th neighbour is at index k.
-        at = min(k, len(members) - 1)
-        radii = [np.partition(cdist(b, members), at, axis=1)[:, at] for b in blocks]
-        radius = np.concatenate(radii)  # (N',)
-        blocks = np.array_split(points, 1 + len(points) // 1000)
-        hits = [(cdist(b, members) <= radius).any(axis=1) for b in blocks]
-        return float(np.concatenate(hits).mean())
 
-    return covered(fake, real), covered(real, fake)
+def neighbour_radius(members, k, device):
+    """The squared distance of each of members (N, F) to its k-th neighbour: (N,)."""
+    # The nearest is the member itself, at 0; so the k-th neighbour is at index k.
+    nearest = min(k, len(members) - 1) + 1
+    return torch.cat(
+        [
+            block.topk(nearest, largest=False).values[:, -1]
+            for block in squared_distances(members, members, device)
+        ]
+    )
+
+
+def covered(points, members, radius, device):
+    """The share of points (N, F) within the squared radius (N',) of one of members."""
+    largest = max(np.abs(points).max(), np.abs(members).max())
+    rounding = 1e-14 * points.shape[1] * largest**2  # a point on the edge is covered
+    blocks = squared_distances(points, members, device)
+    hits = torch.cat([(block <= radius + rounding).any(dim=1) for block in blocks])
+    return hits.double().mean().item()
+
+
+def squared_distances(points, members, device):
+    """Yields the squared distances of points (N, F) to all of members (N', F) as float64
+    tables (n, N') on device, some rows after the other: all may not fit in memory."""
+    centre = members.mean(axis=0)  # near the origin the products below lose least
+    points = torch.as_tensor(points - centre, device=device)
+    members = torch.as_tensor(members - centre, device=device)
+    norms = members.square().sum(dim=1)
+    for rows in points.split(max(1, 2**24 // len(members))):
+        # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b: one matrix product, which is what is fast.
+        table = rows.square().sum(dim=1, keepdim=True) + norms - 2 * rows @ members.T
+        yield table.clamp(min=0)
 
 
 # --------------------------------------------------------------------------------------
@@ -249,22 +274,36 @@ def look(network, images, device, batch_size=250):
 # One set of images measured
 
 
-def measure(images, y, network, judge, real_features, device, batch_size=250):
+class Real:
+    """What sets of N images are compared with: features (N', F) of all real images."""
+
+    def __init__(self, features, N, device):
+        self.features = features
+        self.mu, self.sigma = gaussian(features)
+        # Recall rises with the number of samples: as many real ones as there are of these.
+        self.some = features[:N]
+        # On MPS there is no float64.
+        self.device = "cuda" if device.type == "cuda" else "cpu"
+        self.radius = neighbour_radius(self.some, 3, self.device)
+
+
+def measure(images, y, network, judge, real, device, batch_size=250):
     """All scores of one set of images uint8 (N, H, W, 3) of classes y (N,).
 
-    network gives the features of the distance, which are compared with those of real
-    images (N', F), and the logits of the Inception Score; judge, a Classifier (it may
-    be the same network), the class accuracy.
+    network gives the features of the distance, which are compared with those of real,
+    a Real, and the logits of the Inception Score; judge, a Classifier (it may be the
+    same network), the class accuracy.
     """
     features, logits = look(network, images, device, batch_size)
     judged = logits
     if judge is not network:
         judged = look(judge, images, device, batch_size)[1]
     score, score_std = inception_score(logits)
-    # Recall rises with the number of samples: as many real ones as there are of these.
-    precision, recall = precision_recall(real_features[: len(features)], features)
+    precision, recall = precision_recall(
+        real.some, features, device=real.device, real_radius=real.radius
+    )
     return {
-        "fd": frechet_distance(*gaussian(real_features), *gaussian(features)),
+        "fd": frechet_distance(real.mu, real.sigma, *gaussian(features)),
         "inception_score": score,
         "inception_score_std": score_std,
         "precision": precision,
@@ -392,6 +431,7 @@ def judge_all(args, device):
     if N < real_features.shape[1]:
         print(f"warning: {N} samples, fewer than {real_features.shape[1]} features:")
         print("the covariance is singular, and the distance far too high")
+    real = Real(real_features, N, device)
 
     void = []
     if len(class_names) == 1:
@@ -406,7 +446,7 @@ def judge_all(args, device):
 
     def score(images, y):
         """The scores of the first N images, nan if void."""
-        which = network, judge, real_features, device, args.batch_size
+        which = network, judge, real, device, args.batch_size
         return measure(images[:N], y[:N], *which) | dict.fromkeys(void, math.nan)
 
     accuracy = math.nan if void else class_accuracy(judged, test_set.y)

@@ -100,15 +100,19 @@ def sample_batches(models, y, seed, settings, fine_settings, batch_size=100):
     device = models["vqvae"].codebook.device
     generator = torch.Generator(device).manual_seed(seed)
     batches = [part.to(device) for part in y.split(batch_size)]
-    began = time.perf_counter()
-    images, coarse, fine = [], [], []
+    images, coarse, fine, seconds = [], [], [], []
     for part in tqdm(batches, "sample", unit="batch"):
+        began = time.perf_counter()
         pixels, c, q = sample_images(models, part, generator, settings, fine_settings)
         images.append(pixels.cpu())
         fine.append(q.cpu())
         if c is not None:
             coarse.append(c.cpu())
-    speed = len(y) / (time.perf_counter() - began)
+        seconds.append(time.perf_counter() - began)
+    if len(batches) > 1:  # in the first it warms up
+        speed = (len(y) - len(batches[0])) / sum(seconds[1:])
+    else:
+        speed = len(y) / sum(seconds)
     coarse = torch.cat(coarse) if coarse else None
     return torch.cat(images), coarse, torch.cat(fine), speed
 

@@ -36,7 +36,8 @@ import textwrap
 import threading
 import time
 import traceback
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from glob import glob
 from pathlib import Path
@@ -145,9 +146,10 @@ class VQVAE(nn.Module):
         of z and z_q, mean over all elements (VQ-VAE, equations 1 to 3).
         """
         # |z - e|^2 = |z|^2 + |e|^2 - 2 z.e = 2 - 2 z.e for unit vectors: the nearest e
-        # has the largest product z.e. 1024 vectors at a time, since the table (B*T, K)
-        # of all products may not fit in memory.
-        pieces = as_rows(z.detach()).split(1024)  # (<=1024, d)
+        # has the largest product z.e. Some vectors at a time, since the table (B*T, K)
+        # of all products may not fit in memory; a GPU needs many to be busy.
+        size = 1024 if z.device.type == "cpu" else 16384
+        pieces = as_rows(z.detach()).split(size)  # (<=size, d)
         # In float32 even under autocast: bfloat16 cannot tell similar products apart.
         # (max finds the place of the largest sooner than argmax does.)
         with torch.autocast(z.device.type, enabled=False):
@@ -287,11 +289,12 @@ def psnr(images, others):
 # Training
 
 
-def train(model, train_set, test_set, optimizer, args, checkpoint, path):
-    """Train model on the images of train_set; what is learnt is measured on test_set.
+def train(learner, train_set, test_set, args, checkpoint, path):
+    """Train learner.model on the images of train_set; measure it on test_set.
 
     All around a step (learning rate, measuring, saving, Ctrl-C) is in training_steps.
     """
+    model = learner.model
     # Until then it is a plain autoencoder, so that the codebook starts at vectors that
     # mean something already. The last step always has a codebook.
     codebook_after = min(args.codebook_after, args.steps - 1)
@@ -299,11 +302,12 @@ def train(model, train_set, test_set, optimizer, args, checkpoint, path):
     def measure():
         """What is printed and plotted of every --save-every steps."""
         some = test_set.x[:1000]
-        quality = psnr(some, reconstruct(model, tokenize(model, some)))
+        with autocast(some.device):
+            quality = psnr(some, reconstruct(model, tokenize(model, some)))
         used, perplexity = model.usage()
         return {"psnr": quality, "usage": used, "perplexity": perplexity}
 
-    steps = training_steps(args, path, model, optimizer, checkpoint, measure)
+    steps = training_steps(args, path, learner, checkpoint, measure)
     for step, rng in steps:
         if step == codebook_after:
             model.fill_codebook(train_set.x, rng)
@@ -312,13 +316,24 @@ def train(model, train_set, test_set, optimizer, args, checkpoint, path):
         with autocast(x.device):
             x_hat, z, fine, commitment = model(x, quantized=step >= codebook_after)
         loss = F.mse_loss(x_hat, x) + 0.25 * commitment
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        backward_clip_step(loss, *learner)
         if fine is not None:
             model.update_codebook(z.detach(), fine, rng)
         checkpoint["history"]["loss"].append(loss.item())
+
+
+def backward_clip_step(loss, model, optimizer, scaler):
+    """Move the weights of model one step down the gradient of loss, cut to length 1.
+
+    scaler: for float16, in which small gradients would be 0, it multiplies the loss by a
+    large number, and divides the gradients again; in other precisions it does nothing.
+    """
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    scaler.step(optimizer)  # none, where a gradient became infinite
+    scaler.update()
 
 
 def write_tokens(out, model, class_names, train_set, test_set):
@@ -400,7 +415,8 @@ def main(argv=None):
     fused = device.type != "mps"
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=fused)
     ids = {"images": " ".join(fingerprint.values())}
-    checkpoint = start_or_resume(args, path, model, optimizer, "tokenizer.py", **ids)
+    learner = Learner(model, optimizer, gradient_scaler(device))
+    checkpoint = start_or_resume(args, path, learner, "tokenizer.py", **ids)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, {args.codebook_size} codes")
     checkpoint["data"] = {
@@ -412,7 +428,7 @@ def main(argv=None):
 
     if args.compile:
         model.compile()
-    train(model, train_set, test_set, optimizer, args, checkpoint, path)
+    train(learner, train_set, test_set, args, checkpoint, path)
     model.eval()
     reconstructions = write_tokens(args.out, model, class_names, train_set, test_set)
     plot(path, checkpoint["history"], test_set.x, reconstructions, args.codebook_size)
@@ -445,8 +461,8 @@ class Examples(NamedTuple):
         return Examples(self.x[:count], self.y[:count])
 
 
-def load_images(data, split, image_size):
-    """All images of one split of a data set, in memory.
+def load_images(data, split, image_size, count=None):
+    """All images of one split of a data set, in memory, or only the first count.
 
     data: "glyphs", "mnist", "fashion_mnist", "cifar10", or a folder with a sub-folder
     per class, either below train/ and test/ (or such), or split 90/10. split: "train"
@@ -456,10 +472,10 @@ def load_images(data, split, image_size):
     if data == "glyphs":
         seed = {"train": 0, "test": 1}[split]
         images, y = paint_glyphs(GLYPH_COUNTS[split], image_size, seed)
-        return Examples(images, y), list("0123456789")
+        return Examples(images, y).first(count), list("0123456789")
     names = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
     if data not in names:
-        return load_folder(Path(data), split, image_size)
+        return load_folder(Path(data), split, image_size, count)
     root = Path("data").resolve()
     kind = getattr(torchvision.datasets, names[data])
     try:
@@ -472,21 +488,28 @@ def load_images(data, split, image_size):
         images = F.pad(images, (2, 2, 2, 2))[..., None].expand(-1, -1, -1, 3)
     if image_size != 32:
         fail(f"--image-size {image_size}: the images of {data} have 32 pixels")
-    return Examples(images.contiguous(), y), list(dataset.classes)
+    return Examples(images.contiguous(), y).first(count), list(dataset.classes)
 
 
-def load_folder(root, split, image_size):
+def load_folder(root, split, image_size, count=None):
     """load_images for a folder: resized to the short side, the centre cut out."""
     files, class_names = find_images(root)
-    own, other = files[split], files["test" if split == "train" else "train"]
+    own, other = files[split][:count], files["test" if split == "train" else "train"]
     images = torch.empty(len(own), image_size, image_size, 3, dtype=torch.uint8)
     broken = []
-    for i, (path, _) in enumerate(tqdm(own, f"read {split} images", disable=None)):
-        images[i] = read_image(path, image_size, broken)
-    if broken:
-        for path, _ in other:  # to name all there are at once
-            read_image(path, image_size, broken)
-        fail(f"{len(broken)} files to remove or mend: {', '.join(broken[:10])}")
+
+    def read(file):
+        """The image of a pair (path, class number)."""
+        return read_image(file[0], image_size, broken)
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes without Python's lock
+        bar = tqdm(pool.map(read, own), f"read {split} images", len(own), disable=None)
+        for i, image in enumerate(bar):
+            images[i] = image
+        if broken:
+            list(pool.map(read, other))  # to name all there are at once
+            named = ", ".join(sorted(broken)[:10])
+            fail(f"{len(broken)} files to remove or mend: {named}")
     return Examples(images, torch.tensor([y for _, y in own])), class_names
 
 
@@ -679,7 +702,15 @@ def plot(path, history, images, reconstructions, K):
 # What all stages share: training around the step, files, flags, the device
 
 
-def training_steps(args, path, model, optimizer, checkpoint, measure):
+class Learner(NamedTuple):
+    """What training changes, and a checkpoint holds the state of."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+
+def training_steps(args, path, learner, checkpoint, measure):
     """Yields (step, rng) for every training step that is left; does all around it.
 
     The caller takes the step and appends its loss to checkpoint["history"]["loss"].
@@ -693,12 +724,13 @@ def training_steps(args, path, model, optimizer, checkpoint, measure):
     with interruptible() as stop, bar:
         for step in bar:
             rate = learning_rate(step, args.steps, args.lr)
-            for group in optimizer.param_groups:
+            for group in learner.optimizer.param_groups:
                 group["lr"] = rate
             began = time.perf_counter()
             # Seeded by the step, so that a resumed run draws what it would have drawn.
             yield step, np.random.default_rng((args.seed, step))
-            checkpoint["seconds"] += time.perf_counter() - began
+            if step > first or args.steps - first == 1:  # in the first it warms up
+                checkpoint["seconds"] += time.perf_counter() - began
             done = checkpoint["step"] = step + 1
             loss = history["loss"][-1]
             if not math.isfinite(loss):
@@ -713,10 +745,10 @@ def training_steps(args, path, model, optimizer, checkpoint, measure):
                 said = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
                 tqdm.write(f"step {done}, on test images: {said}")
             if is_due or stop.is_set():
-                save_checkpoint(path, model, optimizer, checkpoint)
+                save_checkpoint(path, learner, checkpoint)
             if args.keep_every and done % args.keep_every == 0:
                 copy = path.with_name(f"{path.stem}-{done:06d}.pt")
-                save_checkpoint(copy, model, optimizer, checkpoint)
+                save_checkpoint(copy, learner, checkpoint)
             if stop.is_set():
                 how = "add --resume to go on"
                 print(f"stopped after step {done}: {how}", file=sys.stderr)
@@ -754,12 +786,12 @@ def interruptible():
         signal.signal(signal.SIGINT, previous)
 
 
-def start_or_resume(args, path, model, optimizer, script, **ids):
+def start_or_resume(args, path, learner, script, **ids):
     """The checkpoint that training goes on from: step, seconds, history, and what later
-    stages need to know of model (its config, the flags, ids: what it was trained on).
+    stages need to know of the model (config, flags, ids: what it was trained on).
 
-    With --resume, model and optimizer are those of path; one that was trained with
-    other settings is refused.
+    With --resume, learner goes on from path; one that was trained with other settings
+    is refused. On another device as well: the weights then differ by rounding.
     """
     try:  # now, and not only when an hour of training is to be saved
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -770,7 +802,8 @@ def start_or_resume(args, path, model, optimizer, script, **ids):
     # Everything that decides the weights.
     others = "out", "data", "device", "save_every", "keep_every", "resume", "compile"
     settings = {k: v for k, v in vars(args).items() if k not in others} | ids
-    checkpoint = {"script": script.split()[0], "config": asdict(model.config), **ids}
+    config = asdict(learner.model.config)
+    checkpoint = {"script": script.split()[0], "config": config, **ids}
     checkpoint |= {"settings": settings, "step": 0, "seconds": 0.0}
     checkpoint["history"] = {"loss": [], "test": []}
     if not args.resume:
@@ -781,22 +814,27 @@ def start_or_resume(args, path, model, optimizer, script, **ids):
             before = saved["settings"].get(name)
             if before != value:
                 fail(f"--resume: {path} was trained with {name} {before}, not {value}")
-        load_weights(model, saved, path)
-        optimizer.load_state_dict(saved["optimizer"])
+        load_weights(learner.model, saved, path)
+        fused = learner.optimizer.param_groups[0]["fused"]  # as this device likes it
+        for group in saved["optimizer"]["param_groups"]:
+            group["fused"] = fused
+        learner.optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"]:  # empty where nothing was scaled
+            learner.scaler.load_state_dict(saved["scaler"])
         checkpoint |= {name: saved[name] for name in ("step", "seconds", "history")}
     return checkpoint
 
 
-def save_checkpoint(path, model, optimizer, checkpoint):
+def save_checkpoint(path, learner, checkpoint):
     """Write checkpoint with the weights, and what --resume needs to train them further.
 
     Fails, and leaves path as it is, if a weight is not finite.
     """
-    if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+    states = {name: part.state_dict() for name, part in learner._asdict().items()}
+    if not all(weight.isfinite().all() for weight in states["model"].values()):
         fail(f"a weight is not finite; {path} is of the last save, if any")
     if "replaces" in checkpoint:  # the first save
         set_aside(checkpoint.pop("replaces"))
-    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     save(path, **states, **checkpoint)
 
 
@@ -954,6 +992,11 @@ def pick_device(name):
     if name == "auto":
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
+        if name == "cpu" and torch.version.cuda:  # a torch that expects a GPU
+            try:
+                torch.cuda.init()
+            except (RuntimeError, AssertionError) as error:
+                print(f"on the CPU, although this torch knows CUDA: {reason(error)}")
     try:
         probe = torch.zeros(1, device=name)
         probe.item()  # a device that cannot give a number back is of no use
@@ -969,11 +1012,26 @@ def to_device(model, device):
     return model.to(device, memory_format=order)
 
 
+def precision(device):
+    """What products are computed in: on a CUDA card in bfloat16, on one that lacks it
+    (as the T4 of free notebooks) in float16, and on all other devices in float32."""
+    if device.type != "cuda":
+        return torch.float32
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
+
+
 def autocast(device):
-    """bfloat16 products where a CUDA card has them; float32 on all other devices."""
-    cuda = device.type == "cuda"
-    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=native)
+    """A context in which products are computed in precision(device)."""
+    half = precision(device)
+    if half == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, half)
+
+
+def gradient_scaler(device):
+    """What backward_clip_step needs for float16; for other precisions it is disabled."""
+    return torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
 
 
 def fail(message):

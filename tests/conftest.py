@@ -1,7 +1,10 @@
 """Tiny inputs for the tests of each stage, made without running any other stage."""
 
 import inspect
+import os
 import signal
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests run on the CPU, wherever they run
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import aux_model
 import tokenizer
 
 torch.set_num_threads(1)  # tiny tensors: threads only cost time
+torch.backends.mps.is_available = lambda: False  # the same for a Mac
 
 K, M, T, CLASSES = 32, 4, 16, 3  # codes, clusters, tokens of a 4x4 grid, classes
 SIZES = ["--layers", "1", "--dim", "16", "--heads", "2"]

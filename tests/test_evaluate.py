@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from scipy.spatial.distance import cdist
 
 import evaluate
 import sample
@@ -149,6 +150,25 @@ def test_precision_recall_of_equal_distant_and_narrow_sets(rng):
     assert precision_recall(real, real + 100) == (0, 0)
     precision, recall = precision_recall(real, 0.01 * real[:200])
     assert precision > 0.95 and recall < 0.05
+
+
+def test_precision_recall_against_scipy_where_points_lie_on_the_edge(rng):
+    def covered(points, members, k):
+        own = np.sort(cdist(members, members), axis=1)[:, min(k, len(members) - 1)]
+        return (cdist(points, members) <= own).any(axis=1).mean()
+
+    lattice = rng.integers(0, 4, size=(60, 3)).astype(float)  # ties, and equal rows
+    far = rng.normal(size=(50, 5)) + 1000  # products lose digits far from the origin
+    pairs = [
+        (lattice, rng.integers(0, 5, size=(50, 3)).astype(float)),
+        (far, far[::-1] + rng.normal(0, 0.7, size=(50, 5))),
+        (np.zeros((9, 2)), np.concatenate([np.zeros((3, 2)), np.ones((4, 2))])),
+        (lattice[:2], lattice[2:5]),  # fewer members than neighbours
+    ]
+    for real, fake in pairs:
+        for k in (1, 3, 5):
+            wanted = covered(fake, real, k), covered(real, fake, k)
+            assert precision_recall(real, fake, k) == pytest.approx(wanted, abs=1e-9)
 
 
 # ---------------------------------------------------------------------------- the judge
@@ -425,7 +445,7 @@ def test_each_set_is_measured_with_its_own_images_and_classes(
     real_features = looked[0]["network"](evaluate.to_float(test_set.x))[0]
     for call in measured:
         np.testing.assert_allclose(
-            call["real_features"], real_features.detach(), rtol=1e-4, atol=1e-5
+            call["real"].features, real_features.detach(), rtol=1e-4, atol=1e-5
         )
 
 

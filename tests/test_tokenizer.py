@@ -406,6 +406,12 @@ def test_the_codebook_follows_the_vectors_of_the_batch(images, tmp_path, monkeyp
         assert call["fine"].shape == (4, 16)
 
 
+def test_a_batch_holds_each_example_beside_its_class():
+    examples = tokenizer.Examples(torch.arange(50)[:, None], torch.arange(50) + 7)
+    x, y = examples.batch(np.random.default_rng(0), 400)
+    assert torch.equal(x[:, 0] + 7, y) and len(y.unique()) == 50
+
+
 def test_a_reborn_code_weighs_as_much_as_an_average_one(model):
     model.moving_count.fill_(7.0)
     vector = unit_vectors(1, 8)
