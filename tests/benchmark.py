@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, not by
 
 from ar_model import ARConfig, ARModel, draw, generate
 from aux_model import AuxConfig, AuxModel, predict_fine
-from tokenizer import VQVAE, VQVAEConfig, pick_device, to_uint8
+from tokenizer import VQVAE, VQVAEConfig, autocast, pick_device, to_uint8
 
 CLASSES, GRID = 10, [8, 8]
 # Layers, dim, heads. The paper's auxiliary model always has the size of L.
@@ -77,8 +77,9 @@ def compare_cache(rounds, device):
         "with": lambda: generate(model, labels, generator.manual_seed(0)),
         "without": lambda: generate_uncached(model, labels, generator.manual_seed(0)),
     }
-    same = torch.equal(rivals["with"](), rivals["without"]())
-    times = race(rivals, rounds, device)
+    with autocast(device):  # as in sample.py
+        same = torch.equal(rivals["with"](), rivals["without"]())
+        times = race(rivals, rounds, device)
     ratio = times["without"] / times["with"]
     print(f"key/value cache, 64 tokens, batch 64, V = 1024, same tokens: {same}")
     print(f"  without {64 / times['without']:.0f} images/s", end=", ")
@@ -108,7 +109,8 @@ def compare_models(size, K, M, batch_size, scale, rounds, device):
         "fine": lambda: predict_fine(aux, coarse_labels, labels, generator),
         "decode": lambda: to_uint8(vqvae.decode(vqvae.codes(fine_labels))),
     }
-    times = race(rivals, rounds, device)
+    with autocast(device):  # as in sample.py
+        times = race(rivals, rounds, device)
     slow = times["baseline"] + times["decode"]
     fast = times["coarse"] + times["fine"] + times["decode"]
     print(

@@ -6,6 +6,7 @@ import torch
 from scipy.stats import chisquare
 
 import ar_model
+import tokenizer
 from ar_model import ARConfig, ARModel, Block, filter_logits, generate, guide
 from tests.conftest import (
     IDS,
@@ -16,6 +17,7 @@ from tests.conftest import (
     check_schedule,
     check_what_is_learnt_from,
     error_of,
+    interrupt_at,
     noisy,
 )
 from tokenizer import Examples, load_tokens
@@ -343,6 +345,46 @@ def test_other_clusters_make_a_resume_fail(out, capsys):
     torch.save(clusters | {"cluster_id": "others"}, out / "clusters.pt")
     code, message = error_of(capsys, ar_model.main, *command, "--resume")
     assert code == 1 and "cluster_id the-clusters, not others" in message
+
+
+def test_float16_trains_with_a_scaler_that_is_resumed(out, monkeypatch):
+    # As on a GPU without bfloat16: here the CPU computes in float16.
+    monkeypatch.setattr(tokenizer, "precision", lambda device: torch.float16)
+    command = [*TINY, "--out", str(out), "--steps", "6", "--lr", "0.01"]
+    with monkeypatch.context() as context:
+        interrupt_at(context, 2)
+        with pytest.raises(SystemExit):
+            ar_model.main(command)
+    path = out / "coarse.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["scaler"]["scale"] > 1000, "losses were not scaled"
+    checkpoint["scaler"]["scale"] = 4096.0
+    torch.save(checkpoint, path)
+    ar_model.main([*command, "--resume"])
+    resumed = torch.load(path, weights_only=True)
+    assert resumed["scaler"]["scale"] == 4096, "the scale began anew"
+    monkeypatch.setattr(tokenizer, "precision", lambda device: torch.float32)
+    ar_model.main(command)
+    full = torch.load(path, weights_only=True)
+    assert full["scaler"] == {}
+    # The same training but for rounding: the gradients were scaled back.
+    wanted, found = full["history"]["loss"], resumed["history"]["loss"]
+    assert found == pytest.approx(wanted, abs=0.01)
+
+
+def test_a_run_of_another_kind_of_device_is_resumed(out):
+    command = [*TINY, "--out", str(out), "--steps", "4"]
+    ar_model.main([*command, "--keep-every", "2"])
+    whole = torch.load(out / "coarse.pt", weights_only=True)
+    copy = torch.load(out / "coarse-000002.pt", weights_only=True)
+    for group in copy["optimizer"]["param_groups"]:
+        group["fused"] = None  # as on a Mac
+    torch.save(copy, out / "coarse.pt")
+    ar_model.main([*command, "--resume"])
+    resumed = torch.load(out / "coarse.pt", weights_only=True)
+    assert resumed["optimizer"]["param_groups"][0]["fused"] is True
+    for name, weights in whole["model"].items():
+        assert torch.equal(resumed["model"][name], weights), name
 
 
 def test_copies_are_named_so_that_they_sort_by_step(out):

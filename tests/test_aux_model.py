@@ -91,6 +91,21 @@ def test_logits_are_those_of_the_masked_k_way_head(model, fine):
             assert (logits[b, i, len(members) :] == -math.inf).all()
 
 
+def test_the_dense_head_of_a_gpu_is_that_of_the_loop_over_clusters(model):
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    coarse = G[torch.randint(10, (40,), generator=torch.Generator().manual_seed(1))]
+    grids = []
+    for dense in (False, True):
+        features = x.clone().requires_grad_()
+        logits = model.cluster_logits(features, coarse, dense)
+        probability = logits.softmax(dim=-1)
+        probability[:, 0].log().sum().backward()
+        grids.append((logits, features.grad, model.head.weight.grad.clone()))
+        model.head.weight.grad = None
+    for one, other in zip(*grids):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_the_answer_of_a_token_is_read_off_at_its_own_place(fine):
     # Without layers nothing mixes the tokens: what is left is embedding, norm and head.
     model = noisy(AuxModel(AuxConfig(4, 10, 3, [3, 4], layers=0, dim=32, heads=4), G))

@@ -406,6 +406,26 @@ def test_the_codebook_follows_the_vectors_of_the_batch(images, tmp_path, monkeyp
         assert call["fine"].shape == (4, 16)
 
 
+def test_auto_says_why_it_is_the_cpu(monkeypatch, capsys):
+    def init():
+        raise RuntimeError("Found no NVIDIA driver\nand more")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert tokenizer.pick_device("auto").type == "cpu"
+    assert capsys.readouterr().out.count("\n") == 1
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert tokenizer.pick_device("auto").type == "cpu"
+    assert capsys.readouterr().out == ""
+
+
+def test_codes_are_found_in_float32_under_autocast(model):
+    z = unit_vectors(8, 8, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, fine, commitment = model.quantize(z)
+    assert torch.equal(fine, model.quantize(z)[1]) and commitment.dtype == torch.float32
+
+
 def test_a_batch_holds_each_example_beside_its_class():
     examples = tokenizer.Examples(torch.arange(50)[:, None], torch.arange(50) + 7)
     x, y = examples.batch(np.random.default_rng(0), 400)
