@@ -386,6 +386,7 @@ def test_flags_schedule_and_clock_of_the_tokenizer(images, tmp_path, monkeypatch
     assert artifact["config"] == vars(VQVAEConfig(16, 2, 16, 24, 5))
     assert artifact["data"]["name"] == str(images)
     assert artifact["data"]["image_size"] == 16
+    assert artifact["data"]["classes"] == ["ant", "bee", "cat"]
     # tokens.pt: of the last weights, each image beside its class.
     for split, examples in zip(("train", "test"), both_sets(images)):
         tokens, file = tokenizer.load_tokens(tmp_path, split)
