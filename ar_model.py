@@ -104,7 +104,12 @@ class Cache:
         self.kv = None
 
     def extend(self, k, v):
-        """Append k, v (B, heads, n, head_dim); returns the keys and values of all."""
+        """Append k, v (B, heads, n, head_dim); returns the keys and values of all, each
+        (B, heads, all so far, head_dim).
+
+        n may be more than one. The results have the dtype of k and v, which is bfloat16
+        under autocast. No more than capacity tokens will come.
+        """
         if self.kv is None:  # all the room at once: growing would copy it every time
             B, heads, _, head_dim = k.shape
             self.kv = k.new_empty(2, B, heads, self.capacity, head_dim)
@@ -135,6 +140,8 @@ class Block(nn.Module):
     def forward(self, x, rotary, cache=None):
         """x (B, n, dim), rotary of its positions (2, n, head_dim / 2) -> (B, n, dim).
 
+        Rows of self.qkv: queries, keys, values, and of each of these head by head; of
+        self.gate_up: first the gate, then up. Keys are rotated before they are cached.
         With a cache, x is what follows the tokens in it: one token at a time, or several
         into an empty cache.
         """
@@ -200,7 +207,7 @@ def init_weights(model):
 
 def next_token_loss(model, tokens, y):
     """Mean cross-entropy in nats of all tokens int64 (B, T), each given those before it
-    and the classes y (B,)."""
+    and the classes y (B,): a 0-d tensor. The first token counts like any other."""
     logits = model(tokens[:, :-1], y)  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
@@ -221,7 +228,12 @@ def guide(cond, uncond, scale):
 
 def filter_logits(logits, top_k=0, top_p=1.0):
     """-inf for all logits (..., V) but the top_k largest (0: off), and of these for all
-    but the fewest largest that have the probability top_p together (1: off)."""
+    but the fewest largest that have the probability top_p together (1: off).
+
+    top_p is measured by the softmax of what top_k has left, and is reached by exactly
+    that much. The largest always stays, of equal ones at an edge any may; a top_k of V
+    or more keeps all. Some logits may be -inf already.
+    """
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)
@@ -303,6 +315,14 @@ def train(learner, train_set, test_set, args, checkpoint, path):
             tqdm.write(f"first loss {loss:.3f}; {guess}")
 
 
+def to_coarse(examples, code_to_cluster):
+    """Examples of fine labels int64 (N, T) -> the same images by their coarse labels.
+
+    code_to_cluster int64 (K,) is the map g; the classes stay.
+    """
+    return Examples(code_to_cluster[examples.x], examples.y)
+
+
 def drop_classes(y, num_classes, rng):
     """A tenth of the classes y (B,) becomes the null class: guidance needs p(c) too."""
     dropped = torch.from_numpy(rng.random(len(y)) < 0.1).to(y.device)
@@ -370,8 +390,7 @@ def main(argv=None):
     if args.labels == "coarse":
         clusters = load_clusters(args.out, artifact["codebook_id"])
         g = clusters["code_to_cluster"]  # (K,)
-        train_set = Examples(g[train_set.x], train_set.y)
-        test_set = Examples(g[test_set.x], test_set.y)
+        train_set, test_set = to_coarse(train_set, g), to_coarse(test_set, g)
         ids["cluster_id"] = clusters["cluster_id"]
         V = len(clusters["centroids"])  # M
         script, path = "ar_model.py", args.out / "coarse.pt"

@@ -129,10 +129,11 @@ class AuxModel(nn.Module):
 
     def cluster_logits(self, x, coarse, dense=False):
         """Features (n, dim) of n = B T tokens and their coarse labels (n,) -> float32
-        logits (n, S): those of the codes members[coarse], -inf where there is none.
+        logits (n, S), under autocast as well: those of the codes members[coarse], -inf
+        where there is none (members is -1).
 
         dense: by a few large products (for a GPU), not by many small ones; the logits
-        are the same.
+        are the same, and to compute them one way will do.
         """
         S = self.members.shape[1]
         logits = []
@@ -161,7 +162,8 @@ class AuxModel(nn.Module):
 
 def fine_loss(model, fine, y):
     """Mean cross-entropy in nats of the fine labels (B, T) given the coarse labels and
-    the classes y (B,); and the share of tokens whose likeliest one is right."""
+    the classes y (B,); and the share of tokens whose likeliest one is right. Two 0-d
+    tensors (the share may be a float: it has no gradient)."""
     coarse = model.code_to_cluster[fine]  # (B, T)
     logits = model(coarse, y)  # (B, T, S)
     rank = model.rank[fine]  # (B, T): the right answers, as places within the cluster
@@ -174,7 +176,10 @@ def predict_fine(model, coarse, y, generator, cfg_scale=1.0, temperature=1.0, to
     """All fine labels in one pass: coarse (B, T), classes y (B,) -> fine int64 (B, T).
 
     A fine label always lies in its coarse cluster. The order of what is done to the
-    logits: guide, mask to the cluster, temperature, top-k.
+    logits: guide (1 is off, any other scale acts, those below 1 as well), mask to the
+    cluster, temperature, top-k. The model's logits are -inf already where the cluster
+    has no more codes (members is -1), with a class and without, and guidance makes nan
+    of two -inf. All that is random comes from generator.
     """
     if cfg_scale == 1:
         logits = model(coarse, y)  # (B, T, S)
@@ -226,7 +231,7 @@ def mean_fine_loss(model, fine, y):
     for part, part_y in zip(fine.split(size), y.split(size)):
         with autocast(part.device):
             loss, right = fine_loss(model, part, part_y)
-        total += len(part) * torch.tensor([loss.item(), right.item()])
+        total += len(part) * torch.tensor([float(loss), float(right)])
     return (total / len(fine)).tolist()
 
 

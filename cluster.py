@@ -49,10 +49,13 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
     """Lloyd's algorithm: minimise the inertia, the sum of squared distances of the rows
     of x (n, d) to the centroids of their clusters.
 
-    init: centroids (k, d) to start from; else k-means++ seeding. Ends when no
+    init: an array (k, d) of centroids to start from, which stays as it is; else
+    k-means++ seeding. A step assigns each row to its nearest centroid, and then moves
+    the centroids to the means of their rows. A cluster without rows first takes over
+    one of a cluster that has several: after a step, none is empty. Ends when no
     assignment changes, at the latest after max_iter steps. Returns the cluster of each
-    row, int64 (n,); float64 centroids (k, d); and the inertia after each step, which
-    never rises. Raises ValueError if there are fewer rows than clusters.
+    row, int64 (n,); float64 centroids (k, d); and a list of the inertia in each step,
+    which never rises. Raises ValueError if there are fewer rows than clusters.
     """
     if not 1 <= k <= len(x):
         raise ValueError(f"cannot make {k} clusters of {len(x)} rows")
@@ -82,10 +85,12 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
 
 
 def kmeans_plus_plus(x, k, rng):
-    """k rows of x (n, d) that lie far apart, to start from.
+    """k rows of x (n, d) that lie far apart, to start from: an array (k, d).
 
-    Each is drawn with a probability proportional to its squared distance to the nearest
-    one drawn before (Arthur and Vassilvitskii 2007).
+    The first is any row, all alike likely. Each of the others is drawn with a
+    probability proportional to its squared distance to the nearest one drawn before
+    (Arthur and Vassilvitskii 2007); if all these distances are 0, any row will do.
+    rng: the numpy Generator that draws.
     """
     chosen = [rng.integers(len(x))]
     distance = np.full(len(x), np.inf)  # (n,) squared, to the nearest chosen row
@@ -132,15 +137,23 @@ def swap_within_clusters(tokens, code_to_cluster, rng):
     """Replace every token by a random code of its cluster (figure 1b).
 
     tokens: fine labels of any shape, code_to_cluster: (K,), integers; rng: a numpy
-    Generator. Returns int64 fine labels of the shape of tokens. All codes of a cluster
-    are equally likely, the token itself among them.
+    Generator. Returns int64 fine labels of the shape of tokens, also where these are
+    int32. All codes of a cluster are equally likely, the token itself among them, and
+    those that do not occur in tokens; every token is drawn for itself.
     """
-    # The codes of cluster 0, then those of 1, and so on, and where each of them starts.
-    by_cluster = code_to_cluster.argsort(kind="stable")
-    sizes = np.bincount(code_to_cluster)
-    starts = sizes.cumsum() - sizes
+    by_cluster, sizes = codes_of_clusters(code_to_cluster)
+    starts = sizes.cumsum() - sizes  # where in by_cluster the codes of each one start
     coarse = code_to_cluster[tokens]
     return by_cluster[starts[coarse] + rng.integers(sizes[coarse])]
+
+
+def codes_of_clusters(code_to_cluster):
+    """The inverse of the map g, which is integers (K,) with values 0 .. M - 1.
+
+    Returns by_cluster int64 (K,): the codes of cluster 0 in rising order, then those of
+    cluster 1, and so on; and sizes int64 (M,): how many codes there are of each.
+    """
+    return code_to_cluster.argsort(kind="stable"), np.bincount(code_to_cluster)
 
 
 def random_clusters(code_to_cluster, rng):

@@ -81,7 +81,8 @@ from tokenizer import (
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) of Gaussians (Heusel et al. 2017).
 
-    mu1, mu2 (F,); covariances sigma1, sigma2 (F, F), singular or not. Returns a float.
+    mu1, mu2 (F,); covariances sigma1, sigma2 (F, F), singular or not. Returns a float:
+    never nan, never complex.
     """
     # The trace of a root is the sum of the roots of the eigenvalues. S1 S2 has those of
     # S1^1/2 S2 S1^1/2, which is symmetric: they stay real and positive even when S1 or
@@ -120,8 +121,9 @@ def precision_recall(real, fake, k=3, device="cpu", real_radius=None):
 
     real (N, F) and fake (N', F), more than one row each. A point is covered by a set if
     some member of the set is no farther from it than from its own k-th neighbour in the
-    set (its last one, if it has fewer). precision: the share of fake covered by real;
-    recall: of real by fake. real_radius: neighbour_radius(real, k, device), if known.
+    set; itself is no neighbour, and if there are not k others it is the farthest.
+    precision: the share of fake covered by real; recall: of real by fake. Two floats.
+    real_radius: neighbour_radius(real, k, device), if known.
     """
     if real_radius is None:
         real_radius = neighbour_radius(real, k, device)
@@ -134,12 +136,8 @@ def neighbour_radius(members, k, device):
     """The squared distance of each of members (N, F) to its k-th neighbour: (N,)."""
     # The nearest is the member itself, at 0; so the k-th neighbour is at index k.
     nearest = min(k, len(members) - 1) + 1
-    return torch.cat(
-        [
-            block.topk(nearest, largest=False).values[:, -1]
-            for block in squared_distances(members, members, device)
-        ]
-    )
+    blocks = squared_distances(members, members, device)
+    return torch.cat([b.topk(nearest, largest=False).values[:, -1] for b in blocks])
 
 
 def covered(points, members, radius, device):
@@ -321,7 +319,9 @@ def bits_per_token(models, fine, y):
     """Bits per token of each stage of a model on real tokens: their sum is comparable.
 
     -log p(q) = -log p(c) - sum_i log p(q_i | c): CTF has a likelihood too.
-    fine (N, T), y (N,).
+    models holds ar, and aux if it is no baseline; fine (N, T), y (N,). Returns a list:
+    of CTF the bits of the coarse labels, then those of the fine ones given the coarse;
+    of the baseline its own. mean_loss and mean_fine_loss measure nats, ln 2 to the bit.
     """
     if "aux" in models:
         coarse = models["aux"].code_to_cluster[fine]

@@ -75,7 +75,9 @@ FINE_SETTINGS = {"cfg_scale": 1.0, "temperature": 1.0, "top_k": 0}
 def sample_images(models, y, generator, settings, fine_settings):
     """Draw one image per class in y int64 (B,), which lies on the device of models.
 
-    settings as SETTINGS, fine_settings as FINE_SETTINGS. Returns images uint8
+    models holds vqvae, ar, and aux if it is no baseline. settings as SETTINGS, for
+    stage 1 or the baseline; fine_settings as FINE_SETTINGS, for stage 2. Both stages
+    draw from the same generator, coarse labels first. Returns images uint8
     (B, H, W, 3), coarse labels int64 (B, T) (None for the baseline), fine (B, T).
     """
     vqvae = models["vqvae"]

@@ -141,9 +141,11 @@ class VQVAE(nn.Module):
     def quantize(self, z):
         """Replace every vector by the nearest codeword, with a straight-through step.
 
-        z: unit vectors (B, d, h, w). Returns the codes z_q (B, d, h, w), the fine
-        labels int64 (B, T) row by row, and the commitment loss: the squared difference
-        of z and z_q, mean over all elements (VQ-VAE, equations 1 to 3).
+        z: unit vectors (B, d, h, w). Returns the codes z_q (B, d, h, w), which hand
+        their gradient on to z unchanged; the fine labels int64 (B, T) row by row; and
+        the commitment loss, whose gradient reaches z: the squared difference of z and
+        its code, mean over all B d h w elements (VQ-VAE, equations 1 to 3). Under
+        autocast the nearest code is still found in float32.
         """
         # |z - e|^2 = |z|^2 + |e|^2 - 2 z.e = 2 - 2 z.e for unit vectors: the nearest e
         # has the largest product z.e. Some vectors at a time, since the table (B*T, K)
@@ -189,10 +191,13 @@ class VQVAE(nn.Module):
     def update_codebook(self, z, fine, rng, decay=0.99, dead=0.02):
         """Move each code to the mean direction of the vectors that chose it.
 
-        z (B, d, h, w) and fine (B, T) are a batch's. The mean is a moving one, over
-        about 1 / (1 - decay) batches (VQ-VAE, appendix A.1). A code that is chosen
-        less than dead times as often as the average code starts anew at a random
-        vector of z: without that, most of a large codebook is never used.
+        z (B, d, h, w) and fine (B, T) are a batch's, rng is a numpy Generator. The mean
+        is a moving one, over about 1 / (1 - decay) batches (VQ-VAE, appendix A.1): a
+        batch has the weight 1 - decay in moving_count and moving_sum, and a code is the
+        unit vector of its sum. A code whose count is then less than dead times the mean
+        of all counts starts anew (set_codes) at a vector of z that rng draws for it:
+        without that, most of a large codebook is never used. There may be more such
+        codes than vectors.
         """
         vectors, fine = as_rows(z), fine.flatten()  # (B*T, d), (B*T,)
         counts = fine.bincount(minlength=len(self.codebook))  # (K,)
