@@ -33,6 +33,15 @@ IDS = {"codebook_id": tokenizer.short_hash(random_tokenizer().codebook)}
 IDS["cluster_id"] = "the-clusters"
 
 
+@pytest.fixture(autouse=True)
+def quick_pictures(monkeypatch):
+    """Pictures are made, but not rendered, which takes most of the time of many tests:
+    test_pipeline.py renders them."""
+    monkeypatch.setattr(
+        tokenizer.Figure, "savefig", lambda self, path, **how: path.write_text("drawn")
+    )
+
+
 @pytest.fixture
 def images(tmp_path):
     """A folder with train/ and test/ of 3 classes: 12 and 8 noisy 16x16 images each."""

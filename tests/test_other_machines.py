@@ -29,14 +29,6 @@ TINY = ["--image-size", "8", "--channels", "16", "--codebook-size", "24"]
 TINY += ["--codebook-after", "1", *FEW]
 
 
-@pytest.fixture(autouse=True)
-def quick_pictures(monkeypatch):
-    """Drawing takes most of the time, and only one test here is about it."""
-    monkeypatch.setattr(
-        tokenizer.Figure, "savefig", lambda self, path, **how: path.touch()
-    )
-
-
 def paint(path, value=None, size=8):
     """An image of one grey value; without one, of noise."""
     path.parent.mkdir(parents=True, exist_ok=True)

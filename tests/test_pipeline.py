@@ -40,14 +40,23 @@ def test_from_images_to_metrics(tmp_path, images):
     run(tmp_path, "cluster.py", "--clusters", "4")
     run(tmp_path, "ar_model.py", *few, *SIZES)
     run(tmp_path, "aux_model.py", *few, *SIZES)
-    run(tmp_path, "sample.py", "--num-samples", "12", "--npz")
+    run(tmp_path, "sample.py", "--num-samples", "12", "--npz", "--anatomy")
     done = run(tmp_path, "evaluate.py", "--judge-steps", "3")
     assert "CTF samples" in done.stdout
 
     out = tmp_path / "out"
+    for name in ("tokenizer", "clusters", "coarse", "samples", "metrics", "anatomy"):
+        assert (out / f"{name}.png").stat().st_size > 5000
     stems = ["tokenizer", "clusters", "coarse", "fine", "samples", "metrics"]
     written = {f"{stem}.png" for stem in stems} | {f"{stem}.pt" for stem in stems[:-1]}
-    written |= {"tokens.pt", "classifier.pt", "metrics.json", "samples.npz", "samples"}
+    written |= {
+        "anatomy.png",
+        "tokens.pt",
+        "classifier.pt",
+        "metrics.json",
+        "samples.npz",
+        "samples",
+    }
     assert {path.name for path in out.iterdir()} == written  # and no temporary file
     for path in out.glob("*.pt"):
         torch.load(path, weights_only=True)
