@@ -28,10 +28,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from cluster import load_clusters
+from cluster import load_clusters, to_coarse
 from tokenizer import (
     CommandLine,
-    Examples,
     Figure,
     Learner,
     at_least,
@@ -313,14 +312,6 @@ def train(learner, train_set, test_set, args, checkpoint, path):
         if step == 0:
             guess = f"guessing is ln {V} = {math.log(V):.3f}"
             tqdm.write(f"first loss {loss:.3f}; {guess}")
-
-
-def to_coarse(examples, code_to_cluster):
-    """Examples of fine labels int64 (N, T) -> the same images by their coarse labels.
-
-    code_to_cluster int64 (K,) is the map g; the classes stay.
-    """
-    return Examples(code_to_cluster[examples.x], examples.y)
 
 
 def drop_classes(y, num_classes, rng):

@@ -26,6 +26,7 @@ import torch
 
 from tokenizer import (
     CommandLine,
+    Examples,
     Figure,
     at_least,
     fail,
@@ -130,6 +131,27 @@ def cluster_means(x, assignment, sizes):
 
 
 # --------------------------------------------------------------------------------------
+# The map g, and its inverse
+
+
+def to_coarse(examples, code_to_cluster):
+    """Examples of fine labels int64 (N, T) -> the same images by their coarse labels.
+
+    code_to_cluster int64 (K,) is the map g; the classes stay.
+    """
+    return Examples(code_to_cluster[examples.x], examples.y)
+
+
+def codes_of_clusters(code_to_cluster):
+    """The inverse of the map g, which is integers (K,) with values 0 .. M - 1.
+
+    Returns by_cluster int64 (K,): the codes of cluster 0 in rising order, then those of
+    cluster 1, and so on; and sizes int64 (M,): how many codes there are of each.
+    """
+    return code_to_cluster.argsort(kind="stable"), np.bincount(code_to_cluster)
+
+
+# --------------------------------------------------------------------------------------
 # Figure 1b: what the clusters are worth
 
 
@@ -145,15 +167,6 @@ def swap_within_clusters(tokens, code_to_cluster, rng):
     starts = sizes.cumsum() - sizes  # where in by_cluster the codes of each one start
     coarse = code_to_cluster[tokens]
     return by_cluster[starts[coarse] + rng.integers(sizes[coarse])]
-
-
-def codes_of_clusters(code_to_cluster):
-    """The inverse of the map g, which is integers (K,) with values 0 .. M - 1.
-
-    Returns by_cluster int64 (K,): the codes of cluster 0 in rising order, then those of
-    cluster 1, and so on; and sizes int64 (M,): how many codes there are of each.
-    """
-    return code_to_cluster.argsort(kind="stable"), np.bincount(code_to_cluster)
 
 
 def random_clusters(code_to_cluster, rng):

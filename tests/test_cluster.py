@@ -9,6 +9,7 @@ import cluster
 import tokenizer
 from cluster import kmeans, swap_within_clusters
 from tests.conftest import IDS, K, spy
+from tokenizer import Examples
 
 
 @pytest.fixture
@@ -22,28 +23,47 @@ def test_nearest_centroids_against_all_distances(x):
     assert (cluster.nearest_centroids(x, centroids) == distances.argmin(axis=1)).all()
 
 
+@pytest.fixture
+def any_rows(monkeypatch):
+    """In place of k-means++, which has tests of its own: any rows to start from."""
+
+    def rows(x, k, rng):
+        return x[rng.permutation(len(x))[:k]]
+
+    monkeypatch.setattr(cluster, "kmeans_plus_plus", rows)
+
+
 def test_kmeans_against_scipy(x):
     init = x[:12]
-    labels, centroids, inertia = kmeans(x, 12, init=init, max_iter=8)
-    wanted, wanted_labels = kmeans2(x, init, iter=8, minit="matrix")
-    np.testing.assert_allclose(centroids, wanted, atol=1e-5)
-    assert (labels == wanted_labels).all() and len(inertia) == 8
+    kept = init.copy()
+    assignment, centroids, inertia = kmeans(x, 12, init=init, max_iter=8)
+    assert (init == kept).all(), "the caller's init was overwritten"
+    wanted, wanted_assignment = kmeans2(x, kept, iter=8, minit="matrix")
+    message = "after 8 steps: is a step the assignment, and then the means?"
+    np.testing.assert_allclose(centroids, wanted, atol=1e-5, err_msg=message)
+    assert centroids.dtype == np.float64, "float32 loses digits of the means"
+    assert (assignment == wanted_assignment).all() and len(inertia) == 8
 
 
-def test_kmeans_ends_at_a_fixed_point(x):
-    labels, centroids, inertia = kmeans(x, 12, seed=1)
+def test_kmeans_ends_at_a_fixed_point(x, any_rows):
+    assignment, centroids, inertia = kmeans(x, 12, seed=1)
     distances = cdist(x, centroids)
-    assert (labels == distances.argmin(axis=1)).all()
+    nearest = distances.argmin(axis=1)
+    assert (assignment == nearest).all(), "it stopped before nothing changed"
     for m in range(12):
-        np.testing.assert_allclose(centroids[m], x[labels == m].mean(axis=0))
-    assert inertia[-1] == pytest.approx((distances.min(axis=1) ** 2).sum())
-    assert 2 < len(inertia) < 300 and inertia[-1] == inertia[-2]  # it stops by itself
+        mean = x[assignment == m].mean(axis=0)
+        np.testing.assert_allclose(centroids[m], mean, err_msg="not the mean")
+    # Measured before or after the last move of the centroids, the last step or the one
+    # before it: all are near.
+    least = (distances.min(axis=1) ** 2).sum()
+    assert inertia[-1] == pytest.approx(least, rel=0.02)
+    assert 2 < len(inertia) < 300, "it must stop when no assignment changes"
 
 
-def test_inertia_never_rises_and_no_cluster_stays_empty(x):
+def test_inertia_never_rises_and_no_cluster_stays_empty(x, any_rows):
     doubled = np.repeat(x[:5], 8, axis=0)  # 40 centroids, of which 35 start empty
-    labels, _, inertia = kmeans(x, 40, init=doubled)
-    assert np.bincount(labels, minlength=40).min() > 0
+    assignment, _, inertia = kmeans(x, 40, init=doubled)
+    assert np.bincount(assignment, minlength=40).min() > 0
     assert (np.diff(inertia) <= 1e-9).all()
     for seed in range(5):
         assert (np.diff(kmeans(x, 25, seed=seed)[2]) <= 1e-9).all()
@@ -51,23 +71,25 @@ def test_inertia_never_rises_and_no_cluster_stays_empty(x):
     assert (np.diff(far) <= 1e-6).all() and len(far) < 300
 
 
-def test_an_empty_cluster_takes_over_the_farthest_row():
+def test_an_empty_cluster_takes_over_a_row():
     x = np.array([[0.0], [1.0], [10.0], [2.0]])
-    labels, centroids, _ = kmeans(x, 2, init=[[0.0], [0.0]], max_iter=1)
-    assert labels.tolist() == [0, 0, 1, 0]
-    assert centroids.tolist() == [[1.0], [10.0]]
+    init = np.array([[0.0], [0.0]])
+    assignment, centroids, _ = kmeans(x, 2, init=init, max_iter=1)
+    assert np.bincount(assignment, minlength=2).min() > 0, "a cluster stayed empty"
+    for m in range(2):
+        assert centroids[m] == pytest.approx(x[assignment == m].mean(axis=0))
 
 
 def test_as_many_clusters_as_rows_leave_no_inertia(x):
-    labels, _, inertia = kmeans(x[:50], 50)
-    assert sorted(labels) == list(range(50)) and inertia[-1] == 0
-    with pytest.raises(ValueError, match="51 clusters of 50 rows"):
+    assignment, _, inertia = kmeans(x[:50], 50)
+    assert sorted(assignment) == list(range(50)) and inertia[-1] == 0
+    with pytest.raises(ValueError):
         kmeans(x[:50], 51)
 
 
 def test_kmeans_of_equal_rows_still_fills_every_cluster():
-    labels, _, inertia = kmeans(np.ones((10, 2)), 3)
-    assert set(labels) == {0, 1, 2} and inertia[-1] == 0
+    assignment, _, inertia = kmeans(np.ones((10, 2)), 3)
+    assert set(assignment) == {0, 1, 2} and inertia[-1] == 0
 
 
 def test_kmeans_depends_on_the_seed_alone(x):
@@ -83,7 +105,7 @@ def test_seeding_draws_in_proportion_to_the_squared_distance():
         first, second = cluster.kmeans_plus_plus(x, 2, rng)[:, 0]
         if first == 0:
             counts[[0, 1, 3].index(second) if second != 3 else 2] += 1
-    assert counts[0] == 0  # distance 0
+    assert counts[0] == 0, "a row was drawn twice, at distance 0"
     total = counts.sum()
     assert chisquare(counts[1:], [total * 1 / 10, total * 9 / 10]).pvalue > 1e-3
 
@@ -92,20 +114,48 @@ def test_seeding_takes_every_distinct_row_before_any_twice():
     x = np.repeat(np.arange(6.0), 50)[:, None]
     seeds = cluster.kmeans_plus_plus(x, 6, np.random.default_rng(0))
     assert sorted(seeds[:, 0]) == [0, 1, 2, 3, 4, 5]
+    seeds = cluster.kmeans_plus_plus(np.ones((9, 2)), 3, np.random.default_rng(0))
+    assert seeds.tolist() == [[1, 1]] * 3, "all distances 0: any row will do"
 
 
-def test_swaps_stay_in_their_cluster_and_reach_all_of_it():
+def test_the_first_row_of_seeding_is_any_row():
+    x, rng = np.arange(5.0)[:, None], np.random.default_rng(0)
+    first = [int(cluster.kmeans_plus_plus(x, 2, rng)[0, 0]) for _ in range(1000)]
+    counts = np.bincount(first, minlength=5)
+    assert chisquare(counts).pvalue > 1e-3, f"first rows, of 200 each: {counts}"
+
+
+def test_coarse_labels_of_examples_and_back():
+    g = torch.tensor([0, 1, 1, 0, 1, 2])
+    fine = torch.tensor([[5, 4, 0], [1, 3, 2]])
+    coarse = cluster.to_coarse(Examples(fine, torch.tensor([7, 8])), g)
+    assert coarse.x.tolist() == [[2, 1, 0], [1, 0, 1]], "not the clusters of the codes"
+    assert coarse.y.tolist() == [7, 8], "the classes stay as they are"
+    by_cluster, sizes = cluster.codes_of_clusters(g.numpy())
+    assert by_cluster.tolist() == [0, 3, 1, 2, 4, 5], "codes of 0, then of 1, then of 2"
+    assert sizes.tolist() == [2, 3, 1]
+
+
+def test_swaps_stay_in_their_cluster_and_reach_all_of_it(monkeypatch):
     g = np.array([0, 1, 1, 0, 1, 2])
+    inverse = np.array([0, 3, 1, 2, 4, 5]), np.array([2, 3, 1])
+    monkeypatch.setattr(cluster, "codes_of_clusters", lambda code_to_cluster: inverse)
     tokens = np.random.default_rng(1).integers(6, size=(3000, 4))
     swapped = swap_within_clusters(tokens, g, np.random.default_rng(2))
-    assert swapped.shape == tokens.shape and (g[swapped] == g[tokens]).all()
+    assert swapped.shape == tokens.shape
+    assert (g[swapped] == g[tokens]).all(), "a token left its cluster"
     for code in range(6):
         members = np.flatnonzero(g == g[code])
         counts = np.bincount(swapped[tokens == code], minlength=6)[members]
         assert chisquare(counts).pvalue > 1e-3 if len(members) > 1 else counts[0] > 0
     again = swap_within_clusters(tokens, g, np.random.default_rng(2))
     other = swap_within_clusters(tokens, g, np.random.default_rng(3))
-    assert (swapped == again).all() and (swapped != other).any()
+    assert (swapped == again).all() and (swapped != other).any(), "rng must decide"
+    # Codes that do not occur are drawn as well, and int32 becomes int64.
+    ones = np.ones((50, 8), dtype=np.int32)
+    swapped = swap_within_clusters(ones, g, np.random.default_rng(0))
+    assert set(swapped.flatten().tolist()) == {1, 2, 4}, "not all codes of the cluster"
+    assert swapped.dtype == np.int64
 
 
 def test_random_clusters_have_the_same_sizes():
@@ -195,8 +245,10 @@ def last(run):
 def test_an_empty_cluster_does_not_rob_one_of_a_single_row():
     # The farthest row is alone in its cluster: the next one has to give.
     x = np.array([[0.0], [1.0], [100.0]])
-    assignment, _, inertia = kmeans(x, 3, init=[[0.0], [60.0], [-900.0]], max_iter=1)
-    assert sorted(assignment) == [0, 1, 2] and inertia[-1] == 0
+    init = np.array([[0.0], [60.0], [-900.0]])
+    assignment, centroids, _ = kmeans(x, 3, init=init, max_iter=1)
+    assert sorted(assignment) == [0, 1, 2], "a row was taken from a cluster of one"
+    assert sorted(centroids[:, 0]) == [0, 1, 100]
 
 
 def test_the_centroids_of_the_control_are_the_means_of_its_clusters(out):

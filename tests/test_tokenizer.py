@@ -129,7 +129,7 @@ def test_quantize_picks_the_nearest_code(model):
         for i in range(16):
             vector = z[b, :, i // 4, i % 4]  # tokens go row by row
             distances = [(vector - code).norm().item() for code in model.codebook]
-            assert fine[b, i] == np.argmin(distances)
+            assert fine[b, i] == np.argmin(distances), "not the nearest codeword"
             torch.testing.assert_close(
                 z_q[b, :, i // 4, i % 4], model.codebook[fine[b, i]]
             )
@@ -141,18 +141,25 @@ def test_quantize_hands_the_gradient_straight_through(model):
     z_q, _, _ = model.quantize(z)
     weight = torch.randn_like(z)
     (z_q * weight).sum().backward()
-    torch.testing.assert_close(z.grad, weight)
+    assert z.grad is not None, "no gradient reaches z: is z_q detached from it?"
+    message = "the gradient of z_q must reach z unchanged, as if z_q were z"
+    torch.testing.assert_close(z.grad, weight, msg=message)
 
 
 def test_commitment_pulls_the_encoder_and_not_the_codes(model):
-    model.codebook.requires_grad_()
-    z = unit_vectors(2, 8, 4, 4).requires_grad_()
+    z, before = unit_vectors(2, 8, 4, 4).requires_grad_(), model.codebook.clone()
     z_q, _, commitment = model.quantize(z)
     codes = z_q.detach()
-    torch.testing.assert_close(commitment, (z - codes).square().mean())
+    message = (
+        "the mean over all elements (not the sum over d) of (z - z_q)^2 is asked for"
+    )
+    wanted = (z - codes).square().mean()
+    torch.testing.assert_close(commitment, wanted, msg=message)
     (gradient,) = torch.autograd.grad(commitment, z, retain_graph=True)
-    torch.testing.assert_close(gradient, 2 * (z - codes).detach() / z.numel())
-    assert not model.codebook.is_leaf or model.codebook.grad is None
+    wanted = 2 * (z - codes).detach() / z.numel()
+    message = "the commitment must pull z: is z detached where the code should be?"
+    torch.testing.assert_close(gradient, wanted, msg=message)
+    assert torch.equal(model.codebook, before), "quantize must not move the codes"
 
 
 def test_the_codebook_follows_moving_averages(model):
@@ -178,10 +185,40 @@ def test_dead_codes_start_anew_at_an_encoder_output(model):
     vectors = z.permute(0, 2, 3, 1).reshape(-1, 8)
     assert (vectors - model.codebook[5]).norm(dim=1).min() < 1e-6
     assert (before - model.codebook).norm(dim=1)[[4, 6]].max() < 0.2  # others live on
+    # A code is dead in comparison with the others, not below a fixed number.
+    model.moving_count.mul_(1000)
+    model.moving_sum.mul_(1000)
+    model.moving_count[7] = 0.5
+    model.update_codebook(z, fine, np.random.default_rng(0))
+    near = (vectors - model.codebook[7]).norm(dim=1).min()
+    assert near < 1e-6, (
+        "code 7 is chosen far less than the others, and was not restarted"
+    )
     # It is not dead at once: it counts as used until the averages say otherwise.
     reborn = model.codebook[5].clone()
     model.update_codebook(z, fine, np.random.default_rng(1))
     torch.testing.assert_close(model.codebook[5], reborn)
+
+
+def test_many_dead_codes_start_at_many_vectors_drawn_by_the_generator(model):
+    z, state = unit_vectors(1, 8, 4, 4), model.state_dict()
+    state = {name: values.clone() for name, values in state.items()}
+
+    def restarted(seed):
+        model.load_state_dict(state)
+        model.moving_count.fill_(1e-6)  # all dead but code 0: more than vectors
+        model.moving_count[0] = 1e3
+        fine = torch.zeros(1, 16, dtype=torch.long)
+        model.update_codebook(z, fine, np.random.default_rng(seed))
+        return model.codebook[1:].clone()
+
+    one, same, other = restarted(0), restarted(0), restarted(1)
+    vectors = z.permute(0, 2, 3, 1).reshape(-1, 8)
+    distance = torch.cdist(one, vectors).amin(dim=1)
+    assert distance.max() < 1e-3, "a dead code must start at one of the vectors"
+    assert len(one.unique(dim=0)) > 5, "all dead codes start at the same few vectors"
+    assert torch.equal(one, same), "the same generator must restart codes alike"
+    assert not torch.equal(one, other), "the vectors must be drawn by rng"
 
 
 def test_usage_of_even_and_of_single_use(model):
