@@ -71,6 +71,16 @@ def test_future_tokens_do_not_change_past_logits(model, tokens):
         ).min() > 1e-3
 
 
+def test_without_the_mask_every_token_sees_all():
+    torch.manual_seed(0)
+    block, x = noisy(Block(16, heads=2, causal=False)), torch.randn(3, 5, 16)
+    rotary = ar_model.rotary_table((2, 2), 8)
+    changed = x.clone()
+    changed[:, 4] += 1
+    moved = (block(changed, rotary) - block(x, rotary)).abs().amax(dim=(0, 2))
+    assert moved.min() > 1e-4, "causal=False: earlier tokens must see the last one too"
+
+
 def test_every_position_sees_the_class(model, tokens):
     logits = model(tokens[:, :-1], LABELS)
     other = model(tokens[:, :-1], (LABELS + 1) % 4)
@@ -98,7 +108,29 @@ def test_attention_against_the_formula():
     )
     gate, up = (normed @ w.T for w in block.gate_up.weight.chunk(2))
     wanted = h + (gate * torch.sigmoid(gate) * up) @ block.down.weight.T
-    torch.testing.assert_close(block(x, rotary), wanted, rtol=1e-4, atol=1e-4)
+    message = (
+        "not x + attention, and then + SwiGLU: are the rows of qkv q, k, v, and of "
+    )
+    message += "gate_up the gate first? are q and k rotated, and scores over 8^0.5?"
+    found = block(x, rotary)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4, msg=message)
+    # The same with a cache, whatever it holds: three tokens at once, then one by one.
+    cache = KeptKeys()
+    first = block(x[:, :3], rotary[:, :3], cache)
+    rest = [block(x[:, t : t + 1], rotary[:, t : t + 1], cache) for t in (3, 4)]
+    message = "with a cache, tokens must see those before them, and no later ones"
+    found = torch.cat([first, *rest], dim=1)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4, msg=message)
+
+
+class KeptKeys:
+    """In place of Cache, which has a test of its own."""
+
+    k = v = torch.empty(3, 2, 0, 8)
+
+    def extend(self, k, v):
+        self.k, self.v = (torch.cat(x, dim=2) for x in ((self.k, k), (self.v, v)))
+        return self.k, self.v
 
 
 def test_rotary_positions_against_complex_numbers():
@@ -137,11 +169,20 @@ def test_first_loss_is_that_of_guessing(tokens):
     assert loss.item() == pytest.approx(math.log(11), abs=1e-5)
 
 
-def test_loss_is_the_mean_of_minus_log_p(model, tokens):
-    log_p = model(tokens[:, :-1], LABELS).log_softmax(-1)
+def test_loss_is_the_mean_of_minus_log_p(tokens):
+    table = torch.randn(5, 12, 11, generator=torch.Generator().manual_seed(2))
+
+    def model(first, y):
+        """Logits from a table: the Transformer has tests of its own."""
+        assert torch.equal(first, tokens[:, :-1]), "the last token is only predicted"
+        assert torch.equal(y, LABELS)
+        return table
+
+    log_p = table.log_softmax(-1)
     total = sum(log_p[b, t, tokens[b, t]] for b in range(5) for t in range(12))
     loss = ar_model.next_token_loss(model, tokens, LABELS)
-    torch.testing.assert_close(loss, -total / 60)
+    message = "not the mean of -ln p over all 12 tokens: is the first one among them?"
+    torch.testing.assert_close(loss, -total / 60, msg=message)
 
 
 def test_mean_loss_weighs_every_image_alike(model):
@@ -151,6 +192,17 @@ def test_mean_loss_weighs_every_image_alike(model):
 
 
 # --------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_returns_all_keys_and_values_so_far(dtype):
+    k, v = torch.randn(2, 3, 2, 6, 4).to(dtype)  # (B, heads, tokens, head_dim)
+    cache = ar_model.Cache(6)
+    for begin, end in ((0, 3), (3, 4), (4, 6)):  # several at once, and one
+        all_k, all_v = cache.extend(k[:, :, begin:end], v[:, :, begin:end])
+        assert all_k.dtype == all_v.dtype == dtype, "of the dtype that was put in"
+        assert torch.equal(all_k, k[:, :, :end]), "not the keys so far, in order"
+        assert torch.equal(all_v, v[:, :, :end]), "not the values so far, in order"
 
 
 def test_cached_logits_equal_those_of_the_whole_pass(model, tokens):
@@ -174,7 +226,7 @@ def test_generate_equals_generation_without_a_cache(model, scale):
     )
     for _ in range(12):
         cond, uncond = (model(tokens, y)[:, -1] for y in (labels, null))
-        logits = (uncond + scale * (cond - uncond)) / 0.8
+        logits = guide(cond, uncond, scale) / 0.8
         token = ar_model.draw(filter_logits(logits, 6, 0.9), generator)
         tokens = torch.cat([tokens, token[:, None]], dim=1)
     assert torch.equal(drawn, tokens)
@@ -194,9 +246,10 @@ def test_generate_depends_on_the_seed_and_top_k_1_does_not(model):
 
 def test_guidance_formula():
     cond, uncond = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 1.0])
-    assert torch.equal(guide(cond, uncond, 1.0), cond)
-    assert torch.equal(guide(cond, uncond, 0.0), uncond)
-    assert guide(cond, uncond, 3.0).tolist() == [2.0, -8.0]
+    assert torch.equal(guide(cond, uncond, 1.0), cond), "scale 1 is off"
+    assert torch.equal(guide(cond, uncond, 0.0), uncond), "scale 0 forgets the class"
+    for scale, wanted in ((3.0, [2.0, -8.0]), (0.5, [0.75, -0.5])):
+        assert guide(cond, uncond, scale).tolist() == wanted, f"at scale {scale}"
 
 
 def test_top_k_keeps_the_k_largest():
@@ -209,6 +262,10 @@ def test_top_k_keeps_the_k_largest():
             assert torch.equal(after[after.isfinite()], before[after.isfinite()])
     for k in (0, 9, 10, 1000):  # off, all, and more than there are
         assert torch.equal(filter_logits(logits, top_k=k), logits)
+    for shape in ((9,), (2, 3, 9)):  # of one token, and of stage 2's tables
+        logits = torch.randn(shape)
+        kept = filter_logits(logits, top_k=2).isfinite().sum(dim=-1)
+        assert (kept == 2).all(), f"2 of each row of logits {shape} must stay"
 
 
 def test_top_p_keeps_the_fewest_that_reach_p():
@@ -223,6 +280,27 @@ def test_top_p_keeps_the_fewest_that_reach_p():
                 total += probability[i].item()
             assert set(after.isfinite().nonzero()[:, 0].tolist()) == wanted
     assert torch.equal(filter_logits(logits, top_p=1.0), logits)
+    kept = filter_logits(logits.view(2, 25, 9), top_p=0.8)
+    wanted = filter_logits(logits, top_p=0.8).view(2, 25, 9)
+    assert torch.equal(kept, wanted), "rows of (B, T, V) are filtered each for itself"
+
+
+@pytest.mark.parametrize(
+    ("p", "top_k", "top_p", "count", "why"),
+    [
+        ([0.4, 0.3, 0.2, 0.1], 2, 0.5, 1, "top_p is of what top_k left: 0.57 of it"),
+        ([0.4, 0.3, 0.2, 0.1], 2, 0.9, 2, "top_k holds when top_p is given too"),
+        ([0.4, 0.3, 0.2, 0.1], 0, 0.65, 2, "the fewest that reach 0.65 together"),
+        ([0.5, 0.5], 0, 0.5, 1, "0.5 is reached by exactly 0.5"),
+        ([0.25, 0.25, 0.25, 0.25], 0, 0.5, 2, "0.5 is reached by exactly 0.5"),
+        ([0.1, 0.9], 0, 0.2, 1, "the largest always stays"),
+    ],
+)
+def test_top_k_and_top_p_together_and_on_the_edge(p, top_k, top_p, count, why):
+    logits = torch.tensor(p).log()
+    kept = filter_logits(logits, top_k, top_p).isfinite()
+    assert kept.sum() == count, why
+    assert logits[kept].min() >= logits[~kept].max() if count < len(p) else True, why
 
 
 def test_draws_follow_the_softmax():

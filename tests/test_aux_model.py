@@ -24,17 +24,21 @@ G = torch.tensor([2, 0, 1, 1, 0, 1, 2, 1, 1, 3])  # 10 codes in clusters of 2, 5
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch):
-    """What is done to logits has tests of its own, those of ar_model.py."""
+    """What is done to logits has tests of its own, those of ar_model.py. Here it is
+    something else, which shows whether it was done: only the largest may stay, and
+    "guidance" is another formula, which makes nan of two -inf as well."""
 
-    def filter_logits(logits, top_k):
-        rank = logits.argsort(descending=True).argsort()
-        return logits.masked_fill(rank >= (top_k or rank.shape[-1]), -math.inf)
-
-    def guide(cond, uncond, scale):
-        return scale * cond + (1 - scale) * uncond
+    def filter_logits(logits, top_k=0, top_p=1.0):
+        assert top_k in (0, 1) and top_p == 1
+        largest = logits.amax(dim=-1, keepdim=True)
+        return torch.where(logits == largest, logits, -math.inf) if top_k else logits
 
     monkeypatch.setattr(aux_model, "filter_logits", filter_logits)
     monkeypatch.setattr(aux_model, "guide", guide)
+
+
+def guide(cond, uncond, scale):
+    return scale * cond - uncond
 
 
 @pytest.fixture
@@ -49,6 +53,35 @@ def fine():
 
 
 LABELS = torch.tensor([0, 1, 2, 3, 1])  # 3 is the null class
+
+
+class Table:
+    """In place of an AuxModel, for what is done with its logits: these come from tables
+    of the K codes, by the coarse label, the class and the place. All else is as there."""
+
+    code_to_cluster = G
+    members = torch.tensor([[1, 4, -1, -1, -1], [2, 3, 5, 7, 8], [0, 6, -1, -1, -1]])
+    members = torch.cat([members, torch.tensor([[9, -1, -1, -1, -1]])])
+    rank = torch.tensor([0, 0, 0, 1, 1, 2, 1, 3, 4, 0])
+    config = AuxConfig(4, 10, 3, [3, 4])
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(3)
+        self.codes = torch.randn(4, 12, 10, generator=generator)  # class, place, code
+
+    def dense(self, coarse, y):
+        """The logits of all K codes, -inf outside of the cluster: (B, T, K)."""
+        return self.codes[y].masked_fill(coarse[..., None] != G, -math.inf)
+
+    def __call__(self, coarse, y):
+        members = self.members[coarse]  # (B, T, S)
+        logits = self.codes[y].gather(-1, members.clamp(min=0))
+        return logits.masked_fill(members < 0, -math.inf)
+
+
+@pytest.fixture
+def table():
+    return Table()
 
 
 def dense_logits(model, coarse, labels):
@@ -79,16 +112,23 @@ def test_the_three_forms_of_the_map_agree(model):
     assert sorted(model.by_cluster.tolist()) == codes.tolist()
 
 
-def test_logits_are_those_of_the_masked_k_way_head(model, fine):
-    coarse = G[fine]
-    logits, dense = model(coarse, LABELS), dense_logits(model, coarse, LABELS)
-    for b in range(5):
-        for i in range(12):
-            members = (G == coarse[b, i]).nonzero()[:, 0]
-            torch.testing.assert_close(
-                logits[b, i, : len(members)], dense[b, i, members]
-            )
-            assert (logits[b, i, len(members) :] == -math.inf).all()
+def test_logits_are_those_of_the_masked_k_way_head(model):
+    x = torch.randn(60, 32, generator=torch.Generator().manual_seed(0))
+    coarse = torch.randint(4, (60,), generator=torch.Generator().manual_seed(1))
+    dense = x @ model.head.weight.T  # (n, K): of which some are asked for
+    with torch.no_grad():
+        logits = model.cluster_logits(x, coarse)
+    assert logits.shape == (60, 5)
+    for i in range(60):
+        codes = (G == coarse[i]).nonzero()[:, 0]
+        message = "not the logits of the cluster's own codes, in the order of members"
+        found, wanted = logits[i, : len(codes)], dense[i, codes]
+        torch.testing.assert_close(found, wanted, msg=message)
+        beyond = logits[i, len(codes) :]
+        assert (beyond == -math.inf).all(), "-inf where the cluster has no more codes"
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        half = model.cluster_logits(x, coarse)
+    assert half.dtype == torch.float32, "float32 under autocast as well"
 
 
 def test_the_dense_head_of_a_gpu_is_that_of_the_loop_over_clusters(model):
@@ -118,23 +158,26 @@ def test_the_answer_of_a_token_is_read_off_at_its_own_place(fine):
     torch.testing.assert_close(logits[mask], wanted[mask])
 
 
-def test_loss_is_the_masked_cross_entropy(model, fine):
-    dense = dense_logits(model, G[fine], LABELS)
+def test_loss_is_the_masked_cross_entropy(table, fine):
+    dense = table.dense(G[fine], LABELS)
     log_p = dense.log_softmax(-1).gather(-1, fine[..., None])
-    loss, right = aux_model.fine_loss(model, fine, LABELS)
-    torch.testing.assert_close(loss, -log_p.mean())
-    assert right.item() == pytest.approx(
-        (dense.argmax(-1) == fine).float().mean().item()
+    loss, right = aux_model.fine_loss(table, fine, LABELS)
+    message = "not the mean of -ln p of the fine labels within their clusters"
+    torch.testing.assert_close(loss, -log_p.mean(), msg=message)
+    wanted = (dense.argmax(-1) == fine).float().mean().item()
+    assert float(right) == pytest.approx(wanted), "the share of likeliest codes right"
+
+
+def test_gradient_is_that_of_the_masked_cross_entropy(table, fine):
+    table.codes.requires_grad_()
+    loss, _ = aux_model.fine_loss(table, fine, LABELS)
+    (gradient,) = torch.autograd.grad(loss, table.codes)
+    log_p = table.dense(G[fine], LABELS).log_softmax(-1)
+    (wanted,) = torch.autograd.grad(
+        -log_p.gather(-1, fine[..., None]).mean(), table.codes
     )
-
-
-def test_gradient_is_that_of_the_masked_cross_entropy(model, fine):
-    loss, _ = aux_model.fine_loss(model, fine, LABELS)
-    (gradient,) = torch.autograd.grad(loss, model.head.weight)
-    dense = dense_logits(model, G[fine], LABELS)
-    dense_loss = -dense.log_softmax(-1).gather(-1, fine[..., None]).mean()
-    (wanted,) = torch.autograd.grad(dense_loss, model.head.weight)
-    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+    message = "the loss must have a gradient in every logit of the token's cluster"
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6, msg=message)
 
 
 def test_every_token_sees_every_coarse_label_and_the_class(model, fine):
@@ -158,38 +201,52 @@ def test_first_loss_is_that_of_guessing_within_the_cluster(fine):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"cfg_scale": 3.0}, {"top_k": 4}, {"temperature": 1e9}]
+    "settings", [{}, {"cfg_scale": 3.0}, {"cfg_scale": 0.5}, {"temperature": 1e9}]
 )
-def test_a_fine_label_always_lies_in_its_cluster(model, settings):
-    coarse = torch.randint(4, (200, 12))
-    labels = torch.randint(3, (200,))
+def test_a_fine_label_always_lies_in_its_cluster(table, settings):
+    coarse, y = torch.randint(4, (200, 12)), torch.randint(3, (200,))
     generator = torch.Generator().manual_seed(0)
-    fine = predict_fine(model, coarse, labels, generator, **settings)
-    assert torch.equal(G[fine], coarse)
-    assert len(fine.unique()) == 10  # and every code is reached
+    fine = predict_fine(table, coarse, y, generator, **settings)
+    message = "a fine label outside its cluster: or nan, -inf minus -inf?"
+    assert torch.equal(G[fine], coarse), message
+    assert fine.dtype == torch.int64
+    assert len(fine.unique()) == 10, "every code must be within reach"
 
 
-def test_likeliest_fine_labels_with_guidance(model, fine):
-    coarse, labels = G[fine], torch.tensor([0, 1, 2, 2, 1])
-    cond = dense_logits(model, coarse, labels)
-    uncond = dense_logits(model, coarse, torch.full((5,), 3))
-    for scale in (1.0, 4.0):
-        drawn = predict_fine(model, coarse, labels, torch.Generator(), scale, top_k=1)
-        guided = uncond + scale * (cond - uncond)
-        assert torch.equal(drawn, guided.nan_to_num(-math.inf).argmax(-1))
-    cold = predict_fine(model, coarse, labels, torch.Generator(), temperature=1e-4)
-    assert torch.equal(cold, cond.argmax(-1))
+def test_likeliest_fine_labels_with_guidance(table, fine):
+    coarse, y = G[fine], torch.tensor([0, 1, 2, 2, 1])
+    cond, uncond = table.dense(coarse, y), table.dense(coarse, torch.full((5,), 3))
+    for scale in (1.0, 4.0, 0.5, 0.0):
+        drawn = predict_fine(table, coarse, y, torch.Generator(), scale, top_k=1)
+        guided = cond if scale == 1 else guide(cond, uncond, scale)
+        wanted = guided.masked_fill(coarse[..., None] != G, -math.inf).argmax(-1)
+        assert torch.equal(drawn, wanted), f"likeliest codes at scale {scale}"
+        cold = predict_fine(table, coarse, y, torch.Generator(), scale, 1e-5)
+        assert torch.equal(cold, wanted), f"temperature is ignored at scale {scale}"
 
 
-def test_draws_follow_the_probabilities(model, fine):
-    coarse, label = G[fine[:1]], torch.tensor([1])
-    generator = torch.Generator().manual_seed(0)
-    many = coarse.expand(4000, 12)
-    drawn = predict_fine(model, many, label.expand(4000), generator, temperature=2.0)
-    wanted = (dense_logits(model, coarse, label) / 2).softmax(-1)[0]  # (T, K)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_draws_follow_the_probabilities(table, fine, scale):
+    coarse, y = G[fine[:1]], torch.tensor([1])
+    many = coarse.expand(4000, 12), y.expand(4000)
+    logits = table.dense(coarse, y)
+    if scale != 1:
+        logits = guide(logits, table.dense(coarse, torch.tensor([3])), scale)
+        logits = logits.masked_fill(coarse[..., None] != G, -math.inf)
+    wanted = (logits / 2).softmax(-1)[0]  # (T, K)
+
+    def run(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return predict_fine(table, *many, generator, scale, temperature=2.0)
+
+    drawn = run(0)
     for i in range(12):
         frequency = drawn[:, i].bincount(minlength=10) / 4000
-        torch.testing.assert_close(frequency, wanted[i], rtol=0, atol=0.04)
+        message = f"at scale {scale}, temperature 2: not how often the softmax says"
+        torch.testing.assert_close(frequency, wanted[i], rtol=0, atol=0.04, msg=message)
+    torch.manual_seed(5)  # another state of torch's own generator
+    assert torch.equal(run(0), drawn), "all that is random must come from generator"
+    assert not torch.equal(run(1), drawn)
 
 
 def test_guessing_within_the_cluster_against_loops(fine):
