@@ -1,3 +1,5 @@
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -11,23 +13,19 @@ from tokenizer import load_images, load_tokens, reconstruct, to_uint8
 G = torch.arange(K) % M
 
 
-def generate(
-    model, labels, generator, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0
-):
+def generate(model, y, generator, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0):
     """In place of the real one: tokens that depend on all that it is given."""
     setting = 1.7 * cfg_scale + 2.3 * temperature + 3 * top_k + 4.1 * top_p
     setting += model.head.weight.abs().sum()
-    noise = torch.rand(len(labels), T, generator=generator)
-    return (99 * noise + labels[:, None] + setting).long() % model.config.vocabulary
+    noise = torch.rand(len(y), T, generator=generator)
+    return (99 * noise + y[:, None] + setting).long() % model.config.vocabulary
 
 
-def predict_fine(
-    model, coarse, labels, generator, cfg_scale=1.0, temperature=1.0, top_k=0
-):
+def predict_fine(model, coarse, y, generator, cfg_scale=1.0, temperature=1.0, top_k=0):
     """In place of the real one: codes q of the right clusters, q % M == coarse."""
     setting = 1.7 * cfg_scale + 2.3 * temperature + 3 * top_k
-    noise = torch.rand(len(labels), T, generator=generator)
-    rank = (99 * noise + labels[:, None] + setting).long() % (K // M)
+    noise = torch.rand(len(y), T, generator=generator)
+    rank = (99 * noise + y[:, None] + setting).long() % (K // M)
     return coarse + M * rank
 
 
@@ -45,26 +43,42 @@ def draw(out, *flags, name="samples.pt"):
     return torch.load(out / name, weights_only=True)
 
 
-def test_coarse_then_fine_then_pixels(trained):
+def watched(monkeypatch, name):
+    """The calls of a stand-in and what it returned: (arguments, result) of each."""
+    calls, original = [], getattr(sample, name)
+
+    def call(*args, **kwargs):
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        bound.apply_defaults()
+        calls.append((bound.arguments, original(*args, **kwargs)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(sample, name, call)
+    return calls
+
+
+def test_coarse_then_fine_then_pixels(trained, monkeypatch):
     models, _ = sample.load_models(trained, MODEL_FILES["ctf"], torch.device("cpu"))
-    labels = torch.tensor([0, 2, 1, 1])
-    generator = torch.Generator().manual_seed(3)
+    stage1, stage2 = (watched(monkeypatch, f) for f in ("generate", "predict_fine"))
+    y, generator = torch.tensor([0, 2, 1, 1]), torch.Generator().manual_seed(3)
     settings = SETTINGS | {"cfg_scale": 2.0, "top_k": 3}
     fine_settings = FINE_SETTINGS | {"temperature": 0.5}
-    images, coarse, fine = sample.sample_images(
-        models, labels, generator, settings, fine_settings
-    )
-    generator = torch.Generator().manual_seed(3)
-    wanted = generate(models["ar"], labels, generator, 2.0, top_k=3)
-    assert torch.equal(coarse, wanted)
-    wanted = predict_fine(models["aux"], coarse, labels, generator, temperature=0.5)
-    assert torch.equal(fine, wanted) and torch.equal(G[fine], coarse)
-    with torch.no_grad():
-        pixels = models["vqvae"].decode(
-            models["vqvae"].codebook[fine].view(4, 4, 4, 8).permute(0, 3, 1, 2)
+    drawn = sample.sample_images(models, y, generator, settings, fine_settings)
+    images, coarse, fine = drawn
+    ((first, drawn_coarse),), ((second, drawn_fine),) = stage1, stage2
+    assert torch.equal(coarse, drawn_coarse), "not the labels that stage 1 drew"
+    assert torch.equal(fine, drawn_fine), "not the labels that stage 2 drew"
+    assert first["model"] is models["ar"] and second["model"] is models["aux"]
+    assert torch.equal(second["coarse"], drawn_coarse), "stage 2 starts from stage 1's"
+    for call, wanted in ((first, settings), (second, fine_settings)):
+        assert wanted.items() <= call.items(), "settings of the other stage, or none"
+        assert call["generator"] is generator, (
+            "both stages draw from the same generator"
         )
-    pixels = ((pixels.permute(0, 2, 3, 1).clamp(-1, 1) + 1) * 127.5).round()
-    assert torch.equal(images, pixels.byte())
+        assert torch.equal(call["y"], y)
+    wanted = reconstruct(models["vqvae"], drawn_fine)
+    assert images.dtype == torch.uint8 and images.shape == (4, 16, 16, 3)
+    assert torch.equal(images, wanted), "not the pixels of the fine labels"
 
 
 def test_samples_file_holds_what_was_drawn(trained):
@@ -125,14 +139,23 @@ def test_each_setting_acts_on_its_stage(trained, flag, value, changes):
     assert coarse_changed == (changes == "coarse")
 
 
-def test_the_baseline_draws_fine_labels_directly(trained):
-    samples = draw(trained, "--model", "baseline", name="samples-baseline.pt")
+def test_the_baseline_draws_fine_labels_directly(trained, monkeypatch):
     models, _ = sample.load_models(
         trained, MODEL_FILES["baseline"], torch.device("cpu")
     )
-    generator = torch.Generator().manual_seed(0)
-    wanted = generate(models["ar"], samples["labels"], generator, **SETTINGS)
-    assert torch.equal(samples["fine"], wanted) and samples["coarse"] is None
+    stage1, stage2 = (watched(monkeypatch, f) for f in ("generate", "predict_fine"))
+    y, generator = torch.tensor([0, 2, 1]), torch.Generator().manual_seed(0)
+    drawn = sample.sample_images(models, y, generator, SETTINGS, FINE_SETTINGS)
+    images, coarse, fine = drawn
+    ((_, wanted),) = stage1
+    assert coarse is None and not stage2, "the baseline has no coarse labels"
+    assert torch.equal(fine, wanted), "not what the baseline drew"
+    assert torch.equal(images, reconstruct(models["vqvae"], fine))
+
+
+def test_the_baseline_has_a_file_of_its_own(trained):
+    samples = draw(trained, "--model", "baseline", name="samples-baseline.pt")
+    assert samples["coarse"] is None and samples["weights"] == ["baseline.pt"]
     assert not (trained / "samples.pt").exists()
 
 
