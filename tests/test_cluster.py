@@ -80,7 +80,7 @@ def test_an_empty_cluster_takes_over_a_row():
         assert centroids[m] == pytest.approx(x[assignment == m].mean(axis=0))
 
 
-def test_as_many_clusters_as_rows_leave_no_inertia(x):
+def test_as_many_clusters_as_rows_leave_no_inertia(x, any_rows):
     assignment, _, inertia = kmeans(x[:50], 50)
     assert sorted(assignment) == list(range(50)) and inertia[-1] == 0
     with pytest.raises(ValueError):

@@ -1,9 +1,12 @@
 import ast
 import importlib.util
 import inspect
+import json
+import textwrap
 
 import pytest
 
+from tests import make_assignment
 from tests.make_assignment import (
     EXERCISES,
     ROOT,
@@ -11,6 +14,7 @@ from tests.make_assignment import (
     blank,
     find,
     main,
+    run_tests,
     write_assignment,
 )
 
@@ -23,13 +27,17 @@ def sources(folder):
 def test_an_exercise_keeps_all_but_the_solution(name):
     exercise, before = EXERCISES[name], sources(ROOT)[EXERCISES[name].stage]
     after = blank(before, exercise)
-    old, new = find(before, exercise), find(after, exercise)
-    assert ast.unparse(old.args) == ast.unparse(new.args)
-    assert ast.get_docstring(old) == ast.get_docstring(new)
-    assert len(new.body) == 2 and isinstance(new.body[1], ast.Raise)
-    # What is before and after the function is the same, line by line.
+    functions = exercise.functions
+    for function in functions:
+        old, new = find(before, function), find(after, function)
+        assert ast.unparse(old.args) == ast.unparse(new.args)
+        assert ast.get_docstring(old) == ast.get_docstring(new)
+        assert len(new.body) == 2 and isinstance(new.body[1], ast.Raise)
+    # What is before and after is the same, line by line.
     one, two = before.splitlines(), after.splitlines()
+    old, new = find(before, functions[0]), find(after, functions[0])
     assert one[: old.lineno] == two[: new.lineno]
+    old, new = find(before, functions[-1]), find(after, functions[-1])
     assert one[old.end_lineno :] == two[new.end_lineno :]
 
 
@@ -48,6 +56,49 @@ def test_the_copy_says_what_to_do(tmp_path):
     readme = (tmp_path / "copy" / "README.md").read_text("utf-8")
     assert "make_assignment" not in readme and "For a course" not in readme
     assert "## One image, stage by stage\n" in readme and "\n## Citation\n" in readme
+    assert "inertia.append" not in readme, "where to set breakpoints shows solutions"
+    assert "| `evaluate.py` |" in readme
+    sheet = (tmp_path / "copy" / "ASSIGNMENT.md").read_text("utf-8")
+    assert sheet.index("guidance (1 point") < sheet.index("swap (4 points")
+    assert "pytest tests/test_ar_model.py -k" in sheet and "5 points" in sheet
+
+
+def students(folder, **functions):
+    """The solution, in which functions of ar_model.py are defined once more at its end."""
+    write_assignment(folder, [])
+    with open(folder / "ar_model.py", "a") as file:
+        file.writelines(
+            "\n\n" + textwrap.dedent(source) for source in functions.values()
+        )
+    return folder
+
+
+def test_marks_of_a_right_and_a_wrong_solution(tmp_path, monkeypatch):
+    some = ("guidance", "key-value-cache")
+    few = {name: EXERCISES[name] for name in some}
+    monkeypatch.setattr(make_assignment, "EXERCISES", few)
+    wrong = "def guide(cond, uncond, scale):\n    return cond * scale\n"
+    folder = students(tmp_path / "copy", guide=wrong)
+    # A student who edits the tests gains nothing.
+    (folder / "tests" / "test_ar_model.py").write_text(
+        "def test_guidance_formula(): pass"
+    )
+    monkeypatch.chdir(tmp_path)
+    main(["--grade", str(folder)])
+    guidance, cache = json.loads((tmp_path / "results.json").read_text())["tests"]
+    assert cache["score"] == cache["max_score"] == 4 and cache["status"] == "passed"
+    assert guidance["score"] == 0 and guidance["status"] == "failed"
+    assert "scale 0 forgets the class" in guidance["output"]
+
+
+def test_an_endless_loop_costs_its_exercise(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    loop = "def test_it():\n    while True:\n        pass\n"
+    (tmp_path / "tests" / "test_loop.py").write_text(loop)
+    assert run_tests(tmp_path, ["loop"], limit=4) is None
+    monkeypatch.setattr(make_assignment, "run_tests", lambda *args: None)
+    for mark in make_assignment.grade(tmp_path, limit=4):
+        assert mark["score"] == 0 and "endless loop" in mark["output"]
 
 
 def test_the_tests_that_the_table_names_exist():
