@@ -367,10 +367,8 @@ def parse_args(parser, defaults, argv):
 @no_traceback()
 def main(argv=None):
     parser = CommandLine(__doc__)
-    which = ["coarse", "fine"]
-    parser.add_argument(
-        "--labels", choices=which, default="coarse", help="fine: baseline"
-    )
+    add, which = parser.add_argument, ["coarse", "fine"]
+    add("--labels", choices=which, default="coarse", help="fine: the baseline")
     parser.add_training_flags(steps=3000, batch_size=32, lr=1e-3)
     args = parse_args(parser, ARConfig, argv)
     device = pick_device(args.device)

@@ -150,9 +150,8 @@ class AuxModel(nn.Module):
         order = coarse.argsort()
         counts = coarse.bincount(minlength=len(self.sizes)).tolist()  # tokens, of each
         tokens = x[order].split(counts)  # M parts of (tokens of the cluster, dim)
-        weights = self.head.weight[self.by_cluster].split(
-            self.sizes
-        )  # M of (size, dim)
+        weights = self.head.weight[self.by_cluster]  # (K, dim), sorted by cluster too
+        weights = weights.split(self.sizes)  # M parts of (size of the cluster, dim)
         for x_m, w_m in zip(tokens, weights):
             products = x_m @ w_m.T  # (tokens of the cluster, its size)
             logits.append(F.pad(products, (0, S - len(w_m)), value=-math.inf))

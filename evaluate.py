@@ -436,9 +436,7 @@ def judge_all(args, device):
     void = []
     if len(class_names) == 1:
         print("warning: of one class there is nothing to tell apart, and the judge")
-        print(
-            "learns nothing: no class accuracy, and --features inception for the rest"
-        )
+        print("learns nothing: no class accuracy; the rest by --features inception")
         void = ["class_accuracy"]
         if judge is network:
             void += ["fd", "precision", "recall"]

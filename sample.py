@@ -382,11 +382,9 @@ def anatomy(models, image, fine, y, rng):
     image uint8 (H, W, 3), its fine labels (1, T) and class y (1,). Pictures are arrays:
     images, colours of tokens (h, w, rgb), and entropies in bits (h, w).
     """
-    vqvae, g, grid = (
-        models["vqvae"],
-        models["aux"].code_to_cluster,
-        models["vqvae"].grid,
-    )
+    vqvae = models["vqvae"]
+    grid = vqvae.grid
+    g = models["aux"].code_to_cluster
     coarse = g[fine]  # (1, T)
     color = code_colors(vqvae.codebook)  # (K, rgb)
     of_cluster = [color[g == m].mean(dim=0) for m in range(g.max() + 1)]

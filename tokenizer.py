@@ -556,12 +556,10 @@ def find_images(root):
     names = list(found[0] | found[1])
     lacking = [name for name in names if not all(part.get(name) for part in found)]
     if lacking or not names:
-        few = (
-            f": too few images of {', '.join(lacking[:10])}"
-            if lacking
-            else " (moved? see --data)"
-        )
-        fail(f"{root}: not a known data set, nor class folders of images{few}")
+        why = " (moved? see --data)"
+        if lacking:
+            why = f": too few images of {', '.join(lacking[:10])}"
+        fail(f"{root}: not a known data set, nor class folders of images{why}")
     files = {}
     for split, classes in zip(("train", "test"), found):
         pairs = [(path, y) for y, name in enumerate(names) for path in classes[name]]
