@@ -69,7 +69,7 @@ def rotary_table(grid, head_dim, base=10_000):
     """
     h, w = grid
     n = head_dim // 4  # head_dim / 2 pairs, half of them for the row
-    frequencies = base ** -(torch.arange(n) / n)  # (head_dim / 4,), 1 .. 1 / base
+    frequencies = base ** -(torch.arange(n) / n)  # (head_dim / 4,), from 1 down
     row = torch.arange(h).repeat_interleave(w)  # (T,): 0 0 0 1 1 1
     column = torch.arange(w).repeat(h)  # (T,): 0 1 2 0 1 2
     row_angles = row[:, None] * frequencies  # (T, head_dim / 4)
@@ -367,8 +367,10 @@ def parse_args(parser, defaults, argv):
 @no_traceback()
 def main(argv=None):
     parser = CommandLine(__doc__)
-    add, which = parser.add_argument, ["coarse", "fine"]
-    add("--labels", choices=which, default="coarse", help="fine: the baseline")
+    what = "fine: the baseline"
+    parser.add_argument(
+        "--labels", choices=["coarse", "fine"], default="coarse", help=what
+    )
     parser.add_training_flags(steps=3000, batch_size=32, lr=1e-3)
     args = parse_args(parser, ARConfig, argv)
     device = pick_device(args.device)

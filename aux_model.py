@@ -2,7 +2,7 @@
 
 p(q_i | c_1 .. c_T, y) for every token i, in one pass with full attention (arXiv
 2503.16194, figure 1c). The paper's softmax is over all K codes. Here it is over those
-of cluster c_i, in which q_i lies: all other logits are -inf, and are not even computed.
+of cluster c_i, in which q_i lies: all other logits are -inf (a CPU does not compute them).
 
     python aux_model.py
 
@@ -161,8 +161,8 @@ class AuxModel(nn.Module):
 
 def fine_loss(model, fine, y):
     """Mean cross-entropy in nats of the fine labels (B, T) given the coarse labels and
-    the classes y (B,); and the share of tokens whose likeliest one is right. Two 0-d
-    tensors (the share may be a float: it has no gradient)."""
+    the classes y (B,), a 0-d tensor; and the share of tokens whose likeliest one is
+    right, a 0-d tensor or a float: no gradient is needed of it."""
     coarse = model.code_to_cluster[fine]  # (B, T)
     logits = model(coarse, y)  # (B, T, S)
     rank = model.rank[fine]  # (B, T): the right answers, as places within the cluster
@@ -188,7 +188,7 @@ def predict_fine(model, coarse, y, generator, cfg_scale=1.0, temperature=1.0, to
         cond, uncond = both.chunk(2)
         logits = guide(cond, uncond, cfg_scale)
     members = model.members[coarse]  # (B, T, S)
-    # Beyond the cluster both logits are -inf, of which guidance makes nan: once more.
+    # What lies beyond the cluster is -inf once more, where guidance made nan of it.
     logits = logits.masked_fill(members < 0, -math.inf)
     rank = draw(filter_logits(logits / temperature, top_k), generator)  # (B, T)
     return members.gather(-1, rank[..., None])[..., 0]
@@ -261,7 +261,8 @@ def main(argv=None):
     parser = CommandLine(__doc__)
     parser.add_training_flags(steps=1000, batch_size=32, lr=3e-3)
     args = parse_args(parser, AuxConfig, argv)
-    device, path = pick_device(args.device), args.out / "fine.pt"
+    device = pick_device(args.device)
+    path = args.out / "fine.pt"
 
     train_set, artifact = load_tokens(args.out, "train")  # fine labels (N, T)
     test_set, _ = load_tokens(args.out, "test")

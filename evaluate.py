@@ -22,7 +22,7 @@ import json
 import math
 import os
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ from tokenizer import (
     Figure,
     at_least,
     fail,
+    home_path,
     learning_rate,
     load,
     load_images,
@@ -219,7 +220,9 @@ def train_classifier(train_set, num_classes, steps, seed, device, B=128):
 
 def get_classifier(path, train_set, num_classes, args, device):
     """The judge of these training images: read from path, or trained and kept there."""
-    steps, seed, B = args.judge_steps, args.seed, min(128, args.batch_size)
+    steps, seed = args.judge_steps, args.seed
+    # 128, or what --batch-size says fits in memory; BatchNorm needs two.
+    B = max(2, min(128, args.batch_size))
     settings = {"data": short_hash(*train_set), "steps": steps, "seed": seed, "B": B}
     if path.exists():
         artifact = load(path, "evaluate.py")
@@ -444,8 +447,11 @@ def judge_all(args, device):
 
     def score(images, y):
         """The scores of the first N images, nan if void."""
-        which = network, judge, real, device, args.batch_size
-        return measure(images[:N], y[:N], *which) | dict.fromkeys(void, math.nan)
+        size = args.batch_size
+        scores = measure(images[:N], y[:N], network, judge, real, device, size)
+        for name in void:
+            scores[name] = math.nan
+        return scores
 
     accuracy = math.nan if void else class_accuracy(judged, test_set.y)
     fine, y = tokens.to(device)
@@ -506,8 +512,8 @@ def judge_all(args, device):
 def main(argv=None):
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    home = lambda text: Path(os.path.expanduser(text))
-    add("--mean-of", type=home, nargs="+", metavar="OUT", help="average these runs")
+    of_runs = "average these runs"
+    add("--mean-of", type=home_path, nargs="+", metavar="OUT", help=of_runs)
     networks = ["classifier", "inception"]
     add("--features", choices=networks, default="classifier", help="of the distance")
     offline = "inception_v3_google-0cc3c7bd.pth, when offline"
@@ -556,7 +562,7 @@ def mean_of_seeds(paths):
 
     def protocol_of(run):
         """What must be equal in all runs."""
-        of_run = ("features", "num_samples", "num_real", "data", "seed")
+        of_run = ("features", "num_samples", "num_real", "data", "seed", "clusters")
         of_row = ("model", "step", "fine_settings", *SETTINGS)
         rows = [[row[key] for key in of_row] for row in run["rows"]]
         return [run["protocol"][key] for key in of_run], rows
@@ -569,7 +575,9 @@ def mean_of_seeds(paths):
     for i, row in enumerate(metrics["rows"]):
         same_rows = [run["rows"][i] for run in runs]
         numbers = [key for key, value in row.items() if isinstance(value, (int, float))]
-        row["std"] = {key: stdev(same[key] for same in same_rows) for key in numbers}
+        row["std"] = {}
+        for key in numbers:  # (statistics.stdev refuses the nan of a void score)
+            row["std"][key] = float(np.std([same[key] for same in same_rows], ddof=1))
     return metrics
 
 
@@ -645,6 +653,12 @@ def named_sets(metrics, rows):
         sets.append(("real coarse labels, fine drawn", "tab:olive", metrics["stage2"]))
     for row in rows:
         name = f"{MODEL_NAMES[row['model']]} samples, guidance {row['cfg_scale']:g}"
+        for key, usual in SETTINGS.items():
+            if key != "cfg_scale" and row[key] != usual:
+                name += f", {key} {row[key]:g}"
+        for key, usual in FINE_SETTINGS.items():
+            if row["model"] == "ctf" and row["fine_settings"][key] != usual:
+                name += f", fine {key} {row['fine_settings'][key]:g}"
         if has_copies(rows):
             name += f", step {row['step']}"
         sets.append((name, MODEL_COLORS[row["model"]], row))

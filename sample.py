@@ -171,19 +171,24 @@ def main(argv=None):
     add("--num-samples", type=at_least(1), default=2000, help="images")
     add("--batch-size", type=at_least(1), default=100, help="images at a time")
     which = "names or numbers; default: all, uneven classes as often as in the data"
-    add("--classes", type=class_text, nargs="+", help=which)
+    add("--classes", nargs="+", help=which)
     guidance = "guidance of stage 1; 1: off; of several, a file for each"
-    add("--cfg-scales", type=scale, nargs="+", default=[2.0], help=guidance)
-    add("--temperature", type=positive, default=1.0, help="of stage 1")
-    add("--top-k", type=at_least(0), default=0, help="k likeliest of stage 1; 0: off")
+    add("--cfg-scales", type=scale, nargs="+", help=guidance)
+    add("--temperature", type=positive, help="of stage 1")
+    add("--top-k", type=at_least(0), help="k likeliest of stage 1; 0: off")
     share = at_least(1e-3, float, 1)
-    add("--top-p", type=share, default=1.0, help="likeliest of this probability")
-    add("--fine-cfg-scale", type=scale, default=1.0, help="of stage 2; 1: off")
-    add("--fine-temperature", type=positive, default=1.0, help="of stage 2")
-    add("--fine-top-k", type=at_least(0), default=0, help="of stage 2; 0: off")
+    add("--top-p", type=share, help="likeliest of this probability, of stage 1; 1: off")
+    add("--fine-cfg-scale", type=scale, help="of stage 2; 1: off")
+    add("--fine-temperature", type=positive, help="of stage 2")
+    add("--fine-top-k", type=at_least(0), help="of stage 2; 0: off")
     add("--npz", action="store_true", help="also write samples.npz and a PNG folder")
     add("--anatomy", action="store_true", help="also show anatomy.png, stage by stage")
     add("--data", type=os.path.expanduser, help=f"for --anatomy: {MOVED}")
+    parser.set_defaults(cfg_scales=[SETTINGS["cfg_scale"]])
+    for name in ("temperature", "top_k", "top_p"):
+        parser.set_defaults(**{name: SETTINGS[name]})
+    for name, value in FINE_SETTINGS.items():
+        parser.set_defaults(**{f"fine_{name}": value})
     args = parser.parse_args(argv)
     if args.anatomy and args.model == "baseline":
         parser.error("--anatomy shows both stages, and the baseline has one")
@@ -258,15 +263,10 @@ def write_samples(args, stem, cfg_scale, files, models, artifacts):
     if args.npz:
         write_npz(path, images)
     if args.anatomy:
-        sample = images[0], fine[:1], y[:1]
-        write_anatomy(args.out, models, test_set, class_names, *sample, args.seed)
-
-
-def class_text(text):
-    """An argparse type: the name of a class, or its number."""
-    if text.lstrip("-").isdecimal():
-        at_least(0)(text)
-    return text
+        sample, seed = images[0], args.seed
+        write_anatomy(
+            args.out, models, test_set, class_names, sample, fine[:1], y[:1], seed
+        )
 
 
 def classes_to_draw(args, tokenizer):
@@ -422,6 +422,8 @@ def write_anatomy(out, models, test_set, class_names, sample, sample_fine, y, se
         "A sample": (sample, sample_fine),
     }
     K, M = models["aux"].config.codebook_size, models["aux"].config.clusters
+    # One scale of colours for both stages: the most that either can choose among.
+    most_bits = math.log2(max(M, models["aux"].members.shape[1]))
     figure = Figure(figsize=(13, 9.6), layout="constrained")
     T = sample_fine.shape[1]
     figure.suptitle(f"{T} tokens, each one of K = {K} codes in M = {M} clusters")
@@ -431,10 +433,10 @@ def write_anatomy(out, models, test_set, class_names, sample, sample_fine, y, se
         axes = list(part.subplots(2, 6).flat)
         for ax in axes:
             ax.set(xticks=[], yticks=[], frame_on=False)
-        scale_ax = axes.pop(5)
+        scale_ax = axes.pop(5)  # the end of the first row: beside the entropies
         pictures = anatomy(models, image, fine.to(device), y.to(device), rng)
         for ax, (panel_title, picture) in zip(axes, pictures.items()):
-            shown = ax.imshow(picture, vmin=0, vmax=math.log2(M))
+            shown = ax.imshow(picture, vmin=0, vmax=most_bits)
             ax.set_title(panel_title)
             if picture.ndim == 2:  # entropies
                 entropies = shown

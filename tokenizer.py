@@ -286,7 +286,7 @@ def reconstruct(model, fine):
 
 def psnr(images, others):
     """Peak signal-to-noise ratio in dB, mean over images; uint8 (N, H, W, 3)."""
-    pairs = zip(images.split(10), others.split(10))
+    pairs = zip(images.split(10), others.split(10))  # of all, floats would not fit
     parts = [(a.float() - b.float()).square().mean(dim=(1, 2, 3)) for a, b in pairs]
     error = torch.cat(parts).clamp(min=1e-3)  # equal images: 78 dB, not infinitely many
     return (10 * (255**2 / error).log10()).mean().item()
@@ -326,7 +326,7 @@ def train(learner, train_set, test_set, args, checkpoint, path):
         backward_clip_step(loss, *learner)
         if fine is not None:
             model.update_codebook(z.detach(), fine, rng)
-        checkpoint["history"]["loss"].append(loss.item())
+        checkpoint["history"]["loss"].append(loss.item())  # also shown in the bar
 
 
 def backward_clip_step(loss, model, optimizer, scaler):
@@ -393,8 +393,8 @@ def main(argv=None):
     known = "mnist, fashion_mnist, cifar10, or a folder"
     add("--data", type=os.path.expanduser, default="glyphs", help=known)
     add("--image-size", type=at_least(8), default=default.image_size, help="pixels")
-    factors, side = [2, 4, 8, 16], "pixels per token, along a side"
-    add("--downsample", type=int, choices=factors, default=4, help=side)
+    side = "pixels per token, along a side"
+    add("--downsample", type=int, choices=[2, 4, 8, 16], default=4, help=side)
     add("--channels", type=at_least(16), default=default.channels, help="network width")
     add("--codebook-size", type=at_least(2), default=default.codebook_size, help="K")
     add("--code-dim", type=at_least(2), default=default.code_dim, help="d")
@@ -410,14 +410,21 @@ def main(argv=None):
     test_set, _ = load_images(args.data, "test", args.image_size)
     print(f"{args.data}: {len(train_set.x)} + {len(test_set.x)} images, on {device}")
     print(f"classes ({len(class_names)}): {', '.join(class_names[:10])}")
-    parts = {"train": train_set, "test": test_set, "first": test_set.first(10)}
-    # None of glyphs: these are always alike, but for what another CPU rounds otherwise.
-    fingerprint = {k: short_hash(*v) for k, v in parts.items() if args.data != "glyphs"}
+    fingerprint = {}
+    if args.data != "glyphs":  # always alike, but for what another CPU rounds otherwise
+        fingerprint["train"] = short_hash(*train_set)
+        fingerprint["test"] = short_hash(*test_set)
+        fingerprint["first"] = short_hash(*test_set.first(10))
     train_set, test_set = train_set.to(device), test_set.to(device)
 
     torch.manual_seed(args.seed)
-    size = (args.image_size, args.downsample, args.channels)
-    config = VQVAEConfig(*size, args.codebook_size, args.code_dim)
+    config = VQVAEConfig(
+        image_size=args.image_size,
+        downsample=args.downsample,
+        channels=args.channels,
+        codebook_size=args.codebook_size,
+        code_dim=args.code_dim,
+    )
     model = to_device(VQVAE(config), device)
     fused = device.type != "mps"
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=fused)
@@ -546,10 +553,11 @@ def read_image(path, image_size, broken):
 
 def find_images(root):
     """{"train": [(file, class number), ...], "test": [...]}, and the class names."""
-    number = lambda path: re.sub(r"\d+", lambda digits: digits[0].zfill(12), path.name)
-    found = []  # of each split {class name: files}, class 2 before class 10
+    # Class 2 before class 10: sorted as if all numbers had 12 digits.
+    natural = lambda path: re.sub(r"\d+", lambda digits: digits[0].zfill(12), path.name)
+    found = []  # of each split {class name: files}
     for folder in find_splits(root):
-        folders = sorted(visible(folder, "*/"), key=number)
+        folders = sorted(visible(folder, "*/"), key=natural)
         found.append({each.name: visible(each, "**") for each in folders})
     if len(found) == 1:  # no splits: of each class every tenth file is for testing
         found.append({name: files[::10] for name, files in found[0].items()})
@@ -572,7 +580,11 @@ def find_images(root):
 
 
 def find_splits(root):
-    """The folders of class folders: [training, test], or one that is yet to be split."""
+    """The folders of class folders: [training, test], or one that is yet to be split.
+
+    data/train/cat, data/test/cat: [data/train, data/test], in many spellings;
+    data/cat, data/dog: [data]; and data/data/cat: [data/data].
+    """
     inner = visible(root, "*/")
     deep = [folder for folder in inner if visible(folder, "*/")]
     if len(inner) == len(deep) == 1:  # a folder too many, as zip files have
@@ -618,9 +630,9 @@ def paint_glyphs(count, image_size, seed):
     turn, slant = rng.normal(0, 0.1, (2, count))  # radians, and a slope
     zoom = rng.uniform(0.85, 1.1, count)
     dx, dy = rng.uniform(-0.1, 0.1, (2, count))  # in half widths of the image
-    # Where in the glyph a place (x, y) of the image lies: at the matrix of turn times
-    # slant over zoom, times (x, y), plus (dx, dy). Over, since of a larger glyph less is
-    # in the image.
+    # For each place (x, y) of the image, where in the glyph to look: at turn times slant
+    # times (x, y), divided by zoom, plus (dx, dy). Divided: of a larger glyph, less is in
+    # the image.
     cos = np.cos(turn) / zoom
     sin = np.sin(turn) / zoom
     affine = np.stack([cos, slant * cos - sin, dx, sin, slant * sin + cos, dy], axis=1)
@@ -957,10 +969,10 @@ class CommandLine(argparse.ArgumentParser):
         super().__init__(description=doc.split("\n")[0], formatter_class=formatter)
         if hasattr(sys.stdout, "reconfigure"):  # for terminals that lack a character
             sys.stdout.reconfigure(errors="replace")
-        home = lambda text: Path(os.path.expanduser(text))
-        self.add_argument("--out", type=home, default="out", help="folder of artifacts")
-        self.add_argument("--seed", type=at_least(0), default=0, help="of everything")
-        self.add_argument("--device", default="auto", help="auto: cuda, mps, or cpu")
+        add = self.add_argument
+        add("--out", type=home_path, default="out", help="folder of artifacts")
+        add("--seed", type=at_least(0), default=0, help="of everything")
+        add("--device", default="auto", help="auto: cuda, mps, or cpu")
 
     def add_training_flags(self, steps, batch_size, lr):
         """What the three training scripts share."""
@@ -976,6 +988,11 @@ class CommandLine(argparse.ArgumentParser):
     def error(self, message):
         """Print message in one line, without argparse's usage, and exit with code 2."""
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def home_path(text):
+    """An argparse type: a Path, in which ~ is the home folder."""
+    return Path(os.path.expanduser(text))
 
 
 def at_least(low, kind=int, high=2**63 - 1):
