@@ -357,19 +357,20 @@ def swaps(vqvae, fine, clusters, seed):
     return images
 
 
-def stage2_alone(models, fine, y, seed):
-    """Images uint8 (N, H, W, 3) of real coarse labels with drawn fine ones.
+def stage2_alone(models, fine, y, seed, fine_settings):
+    """Images uint8 (N, H, W, 3) of real coarse labels with fine ones of stage 2.
 
-    What stage 2 costs when stage 1 makes no mistake. fine (N, T), y (N,).
+    What stage 2 costs when stage 1 makes no mistake. fine (N, T), y (N,); fine_settings
+    as FINE_SETTINGS.
     """
     aux = models["aux"]
     generator = torch.Generator(fine.device).manual_seed(seed)
-    drawn = []
+    predicted = []
     size = at_once(100, fine)
     for part, part_y in zip(fine.split(size), y.split(size)):
         coarse = aux.code_to_cluster[part]
-        drawn.append(predict_fine(aux, coarse, part_y, generator, **FINE_SETTINGS))
-    return reconstruct(models["vqvae"], torch.cat(drawn)).cpu()
+        predicted.append(predict_fine(aux, coarse, part_y, generator, **fine_settings))
+    return reconstruct(models["vqvae"], torch.cat(predicted)).cpu()
 
 
 # --------------------------------------------------------------------------------------
@@ -485,8 +486,9 @@ def judge_all(args, device):
         if files not in bits:  # of several guidance scales, once
             bits[files] = bits_per_token(models, fine, y)
             if "aux" in models:  # of several copies, the last one's
-                drawn = stage2_alone(models, fine[:N], y[:N], args.seed)
-                metrics["stage2"] = score(drawn, test_set.y)
+                how = samples["fine_settings"]
+                alone = stage2_alone(models, fine[:N], y[:N], args.seed, how)
+                metrics["stage2"] = score(alone, test_set.y)
         row = {
             "model": samples["model"],
             "step": artifacts["ar"]["step"],
@@ -650,7 +652,8 @@ def named_sets(metrics, rows):
             scores = metrics["swap"][key]
             sets.append((f"swap within {name} clusters", color, scores))
     if "stage2" in metrics:
-        sets.append(("real coarse labels, fine drawn", "tab:olive", metrics["stage2"]))
+        name = "real coarse labels, fine predicted"
+        sets.append((name, "tab:olive", metrics["stage2"]))
     for row in rows:
         name = f"{MODEL_NAMES[row['model']]} samples, guidance {row['cfg_scale']:g}"
         for key, usual in SETTINGS.items():

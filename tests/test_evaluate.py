@@ -351,10 +351,11 @@ def test_stage_2_alone_starts_from_the_real_coarse_labels(trained, monkeypatch):
 
     monkeypatch.setattr(evaluate, "reconstruct", reconstruct)
     g, labels = torch.arange(K) % M, torch.arange(130) % 3
-    drawn = evaluate.stage2_alone(models, fine, labels, 7)
+    settings = {"cfg_scale": 1.5, "temperature": 0.7, "top_k": 2}
+    drawn = evaluate.stage2_alone(models, fine, labels, 7, settings)
     generator = torch.Generator().manual_seed(7)
     parts = [(g[fine[:100]], labels[:100]), (g[fine[100:]], labels[100:])]
-    wanted = [predict_fine(None, *part, generator) for part in parts]
+    wanted = [predict_fine(None, *part, generator, **settings) for part in parts]
     assert torch.equal(drawn, torch.cat(wanted))
 
 
@@ -512,7 +513,8 @@ def test_the_swap_is_of_the_first_test_tokens_and_the_clusters_on_disk(
 ):
     swapped = spy(monkeypatch, evaluate, "swap_within_clusters")
     alone = spy(monkeypatch, evaluate, "stage2_alone")
-    sample.main(["--out", str(trained), "--num-samples", "16"])
+    flags = ["--num-samples", "16", "--fine-temperature", "0.5"]
+    sample.main(["--out", str(trained), *flags])
     run(trained)
     fine, y = evaluate.load_tokens(trained, "test")[0]
     g = (np.arange(K) % M).tolist()
@@ -521,4 +523,5 @@ def test_the_swap_is_of_the_first_test_tokens_and_the_clusters_on_disk(
     ] * 2
     assert [call["code_to_cluster"].tolist() == g for call in swapped] == [False, True]
     (call,) = alone
+    assert call["fine_settings"]["temperature"] == 0.5, "not as the samples"
     assert torch.equal(call["fine"], fine[:16]) and torch.equal(call["y"], y[:16])
