@@ -206,7 +206,7 @@ def init_weights(model):
 
 def next_token_loss(model, tokens, y):
     """Mean cross-entropy in nats of all tokens int64 (B, T), each given those before it
-    and the classes y (B,): a 0-d tensor. The first token counts like any other."""
+    and the classes y (B,): a 0-d tensor, with its gradient. The first token counts like any other."""
     logits = model(tokens[:, :-1], y)  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
@@ -230,8 +230,9 @@ def filter_logits(logits, top_k=0, top_p=1.0):
     but the fewest largest that have the probability top_p together (1: off).
 
     top_p is measured by the softmax of what top_k has left, and is reached by exactly
-    that much. The largest always stays, of equal ones at an edge any may; a top_k of V
-    or more keeps all. Some logits may be -inf already.
+    that much. The largest always stays; of equal ones at an edge any may, but top_p
+    keeps no more than it needs. A top_k of V or more keeps all. Some logits may be -inf
+    already; all stay as they are in the caller's tensor.
     """
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k).values[..., -1:]

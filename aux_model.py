@@ -129,7 +129,7 @@ class AuxModel(nn.Module):
 
     def cluster_logits(self, x, coarse, dense=False):
         """Features (n, dim) of n = B T tokens and their coarse labels (n,) -> float32
-        logits (n, S), under autocast as well: those of the codes members[coarse], -inf
+        logits (n, S), with their gradients, under autocast as well: those of the codes members[coarse], -inf
         where there is none (members is -1).
 
         dense: by a few large products (for a GPU), not by many small ones; the logits

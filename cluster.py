@@ -137,7 +137,7 @@ def cluster_means(x, assignment, sizes):
 def to_coarse(examples, code_to_cluster):
     """Examples of fine labels int64 (N, T) -> the same images by their coarse labels.
 
-    code_to_cluster int64 (K,) is the map g; the classes stay.
+    code_to_cluster int64 (K,) is the map g; coarse labels are int64; the classes stay.
     """
     return Examples(code_to_cluster[examples.x], examples.y)
 

@@ -142,9 +142,13 @@ def neighbour_radius(members, k, device):
 
 
 def covered(points, members, radius, device):
-    """The share of points (N, F) within the squared radius (N',) of one of members."""
+    """The share of points (N, F) within the squared radius (N',) of one of members.
+
+    A point on the edge is within, also where squared_distances rounds it beyond: by
+    about 1e-14 F times the largest square.
+    """
     largest = max(np.abs(points).max(), np.abs(members).max())
-    rounding = 1e-14 * points.shape[1] * largest**2  # a point on the edge is covered
+    rounding = 1e-14 * points.shape[1] * largest**2
     blocks = squared_distances(points, members, device)
     hits = torch.cat([(block <= radius + rounding).any(dim=1) for block in blocks])
     return hits.double().mean().item()

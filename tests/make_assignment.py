@@ -77,6 +77,7 @@ EXERCISES = {
             "test_the_codebook_follows_moving_averages",
             "test_dead_codes_start_anew_at_an_encoder_output",
             "test_many_dead_codes_start_at_many_vectors_drawn_by_the_generator",
+            "test_a_code_is_dead_by_the_new_counts_and_the_share_asked_for",
         ],
     ),
     "seeding": Exercise(
@@ -90,6 +91,7 @@ EXERCISES = {
             "test_seeding_draws_in_proportion_to_the_squared_distance",
             "test_seeding_takes_every_distinct_row_before_any_twice",
             "test_the_first_row_of_seeding_is_any_row",
+            "test_seeding_draws_rows_of_x_by_rng_alone",
         ],
     ),
     "k-means": Exercise(
@@ -106,6 +108,7 @@ EXERCISES = {
             "test_an_empty_cluster_takes_over_a_row",
             "test_an_empty_cluster_does_not_rob_one_of_a_single_row",
             "test_as_many_clusters_as_rows_leave_no_inertia",
+            "test_kmeans_starts_at_the_rows_that_seeding_draws_with_its_seed",
         ],
     ),
     "coarse-labels": Exercise(

@@ -121,6 +121,8 @@ def test_attention_against_the_formula():
     message = "with a cache, tokens must see those before them, and no later ones"
     found = torch.cat([first, *rest], dim=1)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4, msg=message)
+    # On another device (meta: one without numbers) a mask made on the CPU is an error.
+    assert block.to("meta")(x.to("meta"), rotary.to("meta")).shape == x.shape
 
 
 class KeptKeys:
@@ -171,6 +173,7 @@ def test_first_loss_is_that_of_guessing(tokens):
 
 def test_loss_is_the_mean_of_minus_log_p(tokens):
     table = torch.randn(5, 12, 11, generator=torch.Generator().manual_seed(2))
+    table.requires_grad_()
 
     def model(first, y):
         """Logits from a table: the Transformer has tests of its own."""
@@ -178,11 +181,12 @@ def test_loss_is_the_mean_of_minus_log_p(tokens):
         assert torch.equal(y, LABELS)
         return table
 
-    log_p = table.log_softmax(-1)
+    log_p = table.detach().log_softmax(-1)
     total = sum(log_p[b, t, tokens[b, t]] for b in range(5) for t in range(12))
     loss = ar_model.next_token_loss(model, tokens, LABELS)
     message = "not the mean of -ln p over all 12 tokens: is the first one among them?"
-    torch.testing.assert_close(loss, -total / 60, msg=message)
+    torch.testing.assert_close(loss, -total / 60, check_dtype=False, msg=message)
+    assert loss.requires_grad, "without a gradient nothing is learnt"
 
 
 def test_mean_loss_weighs_every_image_alike(model):
@@ -260,6 +264,10 @@ def test_top_k_keeps_the_k_largest():
             wanted = set(before.argsort(descending=True)[:k].tolist())
             assert set(after.isfinite().nonzero()[:, 0].tolist()) == wanted
             assert torch.equal(after[after.isfinite()], before[after.isfinite()])
+    kept = logits.clone()
+    filter_logits(logits, 3, 0.5)
+    filter_logits(logits, 0, 0.5)
+    assert torch.equal(logits, kept), "the caller's logits were overwritten"
     for k in (0, 9, 10, 1000):  # off, all, and more than there are
         assert torch.equal(filter_logits(logits, top_k=k), logits)
     for shape in ((9,), (2, 3, 9)):  # of one token, and of stage 2's tables
@@ -294,10 +302,11 @@ def test_top_p_keeps_the_fewest_that_reach_p():
         ([0.5, 0.5], 0, 0.5, 1, "0.5 is reached by exactly 0.5"),
         ([0.25, 0.25, 0.25, 0.25], 0, 0.5, 2, "0.5 is reached by exactly 0.5"),
         ([0.1, 0.9], 0, 0.2, 1, "the largest always stays"),
+        ([0.6, 0.3, 0.1], 3, 0.5, 1, "top_p holds when top_k is V"),
     ],
 )
 def test_top_k_and_top_p_together_and_on_the_edge(p, top_k, top_p, count, why):
-    logits = torch.tensor(p).log()
+    logits = torch.tensor(p).log() + 300  # the same softmax; exp(300) is too large
     kept = filter_logits(logits, top_k, top_p).isfinite()
     assert kept.sum() == count, why
     assert logits[kept].min() >= logits[~kept].max() if count < len(p) else True, why

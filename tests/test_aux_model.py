@@ -38,7 +38,7 @@ def stand_ins(monkeypatch):
 
 
 def guide(cond, uncond, scale):
-    return scale * cond - uncond
+    return uncond + scale * (cond - uncond)
 
 
 @pytest.fixture
@@ -63,6 +63,7 @@ class Table:
     members = torch.tensor([[1, 4, -1, -1, -1], [2, 3, 5, 7, 8], [0, 6, -1, -1, -1]])
     members = torch.cat([members, torch.tensor([[9, -1, -1, -1, -1]])])
     rank = torch.tensor([0, 0, 0, 1, 1, 2, 1, 3, 4, 0])
+    by_cluster, sizes = G.argsort(stable=True), [2, 5, 2, 1]
     config = AuxConfig(4, 10, 3, [3, 4])
 
     def __init__(self):
@@ -73,10 +74,12 @@ class Table:
         """The logits of all K codes, -inf outside of the cluster: (B, T, K)."""
         return self.codes[y].masked_fill(coarse[..., None] != G, -math.inf)
 
-    def __call__(self, coarse, y):
+    def forward(self, coarse, y):
         members = self.members[coarse]  # (B, T, S)
         logits = self.codes[y].gather(-1, members.clamp(min=0))
         return logits.masked_fill(members < 0, -math.inf)
+
+    __call__ = forward
 
 
 @pytest.fixture
@@ -129,6 +132,15 @@ def test_logits_are_those_of_the_masked_k_way_head(model):
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         half = model.cluster_logits(x, coarse)
     assert half.dtype == torch.float32, "float32 under autocast as well"
+    # No token of the largest cluster, and still its width; and what training needs.
+    x, coarse = torch.randn(6, 32, requires_grad=True), torch.tensor([0, 3, 0, 2, 3, 0])
+    logits = model.cluster_logits(x, coarse)
+    assert logits.shape == (6, 5), "S is the size of the largest of all clusters"
+    some = logits[logits.isfinite()].sum()
+    of_x, of_head = torch.autograd.grad(some, (x, model.head.weight))
+    assert of_x.abs().amax(dim=1).min() > 0, "a token's features get no gradient"
+    of_codes = of_head.abs().amax(dim=1)
+    assert of_codes[[0, 1, 4, 6, 9]].min() > 0, "a code of a token's cluster gets none"
 
 
 def test_the_dense_head_of_a_gpu_is_that_of_the_loop_over_clusters(model):
@@ -163,7 +175,7 @@ def test_loss_is_the_masked_cross_entropy(table, fine):
     log_p = dense.log_softmax(-1).gather(-1, fine[..., None])
     loss, right = aux_model.fine_loss(table, fine, LABELS)
     message = "not the mean of -ln p of the fine labels within their clusters"
-    torch.testing.assert_close(loss, -log_p.mean(), msg=message)
+    torch.testing.assert_close(loss, -log_p.mean(), check_dtype=False, msg=message)
     wanted = (dense.argmax(-1) == fine).float().mean().item()
     assert float(right) == pytest.approx(wanted), "the share of likeliest codes right"
 
@@ -247,6 +259,9 @@ def test_draws_follow_the_probabilities(table, fine, scale):
     torch.manual_seed(5)  # another state of torch's own generator
     assert torch.equal(run(0), drawn), "all that is random must come from generator"
     assert not torch.equal(run(1), drawn)
+    generator = torch.Generator().manual_seed(0)
+    two = [predict_fine(table, *many, generator, scale) for _ in range(2)]
+    assert not torch.equal(*two), "the next batch must go on with the same generator"
 
 
 def test_guessing_within_the_cluster_against_loops(fine):

@@ -82,9 +82,25 @@ def test_an_empty_cluster_takes_over_a_row():
 
 def test_as_many_clusters_as_rows_leave_no_inertia(x, any_rows):
     assignment, _, inertia = kmeans(x[:50], 50)
-    assert sorted(assignment) == list(range(50)) and inertia[-1] == 0
+    assert sorted(assignment) == list(range(50))
+    assert inertia[-1] == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError):
         kmeans(x[:50], 51)
+
+
+def test_kmeans_starts_at_the_rows_that_seeding_draws_with_its_seed(x, monkeypatch):
+    drawn = []
+
+    def seeding(x, k, rng):
+        drawn.append(rng.random())
+        return x[:k]
+
+    monkeypatch.setattr(cluster, "kmeans_plus_plus", seeding)
+    for seed in (1, 1, 2):
+        assignment, centroids, _ = kmeans(x[:40].astype(np.float32), 4, seed=seed)
+    assert len(drawn) == 3, "without init it starts at the rows of kmeans_plus_plus"
+    assert drawn[0] == drawn[1] != drawn[2], "seed, and nothing else, decides the draw"
+    assert centroids.dtype == np.float64 and assignment.dtype == np.int64
 
 
 def test_kmeans_of_equal_rows_still_fills_every_cluster():
@@ -125,6 +141,16 @@ def test_the_first_row_of_seeding_is_any_row():
     assert chisquare(counts).pvalue > 1e-3, f"first rows, of 200 each: {counts}"
 
 
+def test_seeding_draws_rows_of_x_by_rng_alone(x):
+    seeds = [
+        cluster.kmeans_plus_plus(x, 5, np.random.default_rng(seed))
+        for seed in (0, 0, 1)
+    ]
+    assert (seeds[0] == seeds[1]).all(), "the same rng must draw the same rows"
+    assert (seeds[0] != seeds[2]).any(), "rng must draw"
+    assert seeds[0].dtype == x.dtype, "rows of x, as they are"
+
+
 def test_coarse_labels_of_examples_and_back():
     g = torch.tensor([0, 1, 1, 0, 1, 2])
     fine = torch.tensor([[5, 4, 0], [1, 3, 2]])
@@ -134,6 +160,18 @@ def test_coarse_labels_of_examples_and_back():
     by_cluster, sizes = cluster.codes_of_clusters(g.numpy())
     assert by_cluster.tolist() == [0, 3, 1, 2, 4, 5], "codes of 0, then of 1, then of 2"
     assert sizes.tolist() == [2, 3, 1]
+    # Of many codes, among which an unstable sort would mix those of a cluster.
+    g = torch.from_numpy(np.random.default_rng(0).integers(5, size=200))
+    fine = torch.arange(200).view(20, 10)
+    kept = fine.clone()
+    coarse = cluster.to_coarse(Examples(fine, torch.arange(20)), g)
+    assert torch.equal(fine, kept), "the fine labels were overwritten"
+    assert coarse.x.dtype == torch.int64, "cross-entropy wants int64"
+    by_cluster, sizes = cluster.codes_of_clusters(g.numpy())
+    wanted = sorted(range(200), key=lambda code: (g[code].item(), code))
+    assert by_cluster.tolist() == wanted, "in each cluster in rising order"
+    for codes in (by_cluster, sizes):
+        assert np.asarray(codes).dtype == np.int64
 
 
 def test_swaps_stay_in_their_cluster_and_reach_all_of_it(monkeypatch):
@@ -156,6 +194,9 @@ def test_swaps_stay_in_their_cluster_and_reach_all_of_it(monkeypatch):
     swapped = swap_within_clusters(ones, g, np.random.default_rng(0))
     assert set(swapped.flatten().tolist()) == {1, 2, 4}, "not all codes of the cluster"
     assert swapped.dtype == np.int64
+    for some in (tokens[:, 0], tokens.reshape(-1, 2, 2)):  # tokens of any shape
+        swapped = swap_within_clusters(some, g, np.random.default_rng(0))
+        assert swapped.shape == some.shape
 
 
 def test_random_clusters_have_the_same_sizes():

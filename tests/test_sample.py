@@ -61,8 +61,8 @@ def test_coarse_then_fine_then_pixels(trained, monkeypatch):
     models, _ = sample.load_models(trained, MODEL_FILES["ctf"], torch.device("cpu"))
     stage1, stage2 = (watched(monkeypatch, f) for f in ("generate", "predict_fine"))
     y, generator = torch.tensor([0, 2, 1, 1]), torch.Generator().manual_seed(3)
-    settings = SETTINGS | {"cfg_scale": 2.0, "top_k": 3}
-    fine_settings = FINE_SETTINGS | {"temperature": 0.5}
+    settings = {"cfg_scale": 2.5, "temperature": 0.7, "top_k": 3, "top_p": 0.9}
+    fine_settings = {"cfg_scale": 1.5, "temperature": 0.5, "top_k": 2}
     drawn = sample.sample_images(models, y, generator, settings, fine_settings)
     images, coarse, fine = drawn
     ((first, drawn_coarse),), ((second, drawn_fine),) = stage1, stage2
@@ -145,9 +145,12 @@ def test_the_baseline_draws_fine_labels_directly(trained, monkeypatch):
     )
     stage1, stage2 = (watched(monkeypatch, f) for f in ("generate", "predict_fine"))
     y, generator = torch.tensor([0, 2, 1]), torch.Generator().manual_seed(0)
-    drawn = sample.sample_images(models, y, generator, SETTINGS, FINE_SETTINGS)
+    settings = {"cfg_scale": 2.5, "temperature": 0.7, "top_k": 3, "top_p": 0.9}
+    drawn = sample.sample_images(models, y, generator, settings, FINE_SETTINGS)
     images, coarse, fine = drawn
-    ((_, wanted),) = stage1
+    ((call, wanted),) = stage1
+    assert settings.items() <= call.items(), "settings are those of the baseline too"
+    assert call["generator"] is generator and torch.equal(call["y"], y)
     assert coarse is None and not stage2, "the baseline has no coarse labels"
     assert torch.equal(fine, wanted), "not what the baseline drew"
     assert torch.equal(images, reconstruct(models["vqvae"], fine))

@@ -125,6 +125,7 @@ def test_a_folder_without_splits_is_split_90_to_10(tmp_path):
 def test_quantize_picks_the_nearest_code(model):
     z = unit_vectors(3, 8, 4, 4)
     z_q, fine, _ = model.quantize(z)
+    assert fine.dtype == torch.int64
     for b in range(3):
         for i in range(16):
             vector = z[b, :, i // 4, i % 4]  # tokens go row by row
@@ -201,24 +202,43 @@ def test_dead_codes_start_anew_at_an_encoder_output(model):
 
 
 def test_many_dead_codes_start_at_many_vectors_drawn_by_the_generator(model):
-    z, state = unit_vectors(1, 8, 4, 4), model.state_dict()
+    z, state = unit_vectors(2, 8, 2, 4), model.state_dict()
     state = {name: values.clone() for name, values in state.items()}
 
     def restarted(seed):
         model.load_state_dict(state)
         model.moving_count.fill_(1e-6)  # all dead but code 0: more than vectors
         model.moving_count[0] = 1e3
-        fine = torch.zeros(1, 16, dtype=torch.long)
+        fine = torch.zeros(2, 8, dtype=torch.long)
         model.update_codebook(z, fine, np.random.default_rng(seed))
         return model.codebook[1:].clone()
 
     one, same, other = restarted(0), restarted(0), restarted(1)
     vectors = z.permute(0, 2, 3, 1).reshape(-1, 8)
-    distance = torch.cdist(one, vectors).amin(dim=1)
+    distance, nearest = torch.cdist(one, vectors).min(dim=1)
     assert distance.max() < 1e-3, "a dead code must start at one of the vectors"
+    assert nearest.max() >= 8, "the vectors are those of all images of the batch"
     assert len(one.unique(dim=0)) > 5, "all dead codes start at the same few vectors"
     assert torch.equal(one, same), "the same generator must restart codes alike"
     assert not torch.equal(one, other), "the vectors must be drawn by rng"
+
+
+def test_a_code_is_dead_by_the_new_counts_and_the_share_asked_for(model):
+    model.moving_count.fill_(1.0)
+    model.moving_count[0], model.moving_count[9], model.moving_count[23] = 30, 1e-3, 0.6
+    # Half of each count and half of these: 23, 4.0 and 0.3, others 1 or 0.5; mean 1.74.
+    fine = torch.tensor([0] * 16 + [9] * 8 + list(range(1, 9))).view(2, 16)
+    z = unit_vectors(2, 8, 4, 4)
+    rows = z.permute(0, 2, 3, 1).reshape(-1, 8)
+    sums = torch.zeros(24, 8).index_add_(0, fine.flatten(), rows)
+    alive = F.normalize(model.moving_sum + sums, dim=1)
+    model.update_codebook(z, fine, np.random.default_rng(0), decay=0.5, dead=0.2)
+    restarted = (model.codebook - alive).norm(dim=1) > 1e-4
+    assert restarted.nonzero()[:, 0].tolist() == [23], (
+        "0.3 is less than 0.2 of the mean count after the update, and no other count is"
+    )
+    message = "a restarted code counts as the average one (set_codes)"
+    assert model.moving_count[23].item() == pytest.approx(1.74, abs=0.1), message
 
 
 def test_usage_of_even_and_of_single_use(model):
