@@ -6,6 +6,7 @@ labels themselves, then pixels.
     python sample.py                                # 2,000 images, all classes in turn
     python sample.py --classes 3 cat --cfg-scales 4 # by number or name, more guidance
     python sample.py --cfg-scales 1 2 3 4           # a file for each: samples-cfg1.pt ..
+    python sample.py --fine-top-k 0                 # fine labels drawn, as in the paper
     python sample.py --kept                         # of the copies of --keep-every
     python sample.py --num-samples 50000 --npz      # for the papers' own evaluators
 
@@ -16,8 +17,9 @@ samples.npz and a folder of PNG files. About 180 images/s on two CPU cores.
 
 One image all the way: class 0. 64 steps of stage 1, with and without the class as a batch
 of two, draw 64 coarse labels, 23, 103, 103, 106, ..., token 27 the cluster 96. One step of
-stage 2 draws a code of each of these clusters, 3753, 1756, 1303, ..., token 27 the code
-634, one of 21. The decoder turns (d = 8, 8, 8) numbers into (3, 32, 32) pixels.
+stage 2 (here with --fine-top-k 0) draws a code of each of these clusters, 3753, 1756,
+1303, ..., token 27 the code 634, one of 21. The decoder turns (d = 8, 8, 8) numbers into
+(3, 32, 32) pixels.
 """
 
 import math
@@ -63,9 +65,10 @@ MODEL_NAMES = {"ctf": "CTF", "baseline": "baseline"}
 # The weights of stage 1, and of stage 2 if there is one.
 MODEL_FILES = {"ctf": ["coarse.pt", "fine.pt"], "baseline": ["baseline.pt"]}
 # How the AR model is sampled, and how the auxiliary model is ("fine"): there the class
-# adds little to what the coarse labels say.
+# adds little to what the coarse labels say, and the likeliest code of each cluster was
+# better than a drawn one wherever it was tried. (The paper draws: "top_k": 0.)
 SETTINGS = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-FINE_SETTINGS = {"cfg_scale": 1.0, "temperature": 1.0, "top_k": 0}
+FINE_SETTINGS = {"cfg_scale": 1.0, "temperature": 1.0, "top_k": 1}
 
 # --------------------------------------------------------------------------------------
 # From classes to pixels
@@ -179,8 +182,8 @@ def main(argv=None):
     share = at_least(1e-3, float, 1)
     add("--top-p", type=share, help="likeliest of this probability, of stage 1; 1: off")
     add("--fine-cfg-scale", type=scale, help="of stage 2; 1: off")
-    add("--fine-temperature", type=positive, help="of stage 2")
-    add("--fine-top-k", type=at_least(0), help="of stage 2; 0: off")
+    add("--fine-temperature", type=positive, help="of stage 2, where it draws")
+    add("--fine-top-k", type=at_least(0), help="of stage 2; 0: off, as in the paper")
     add("--npz", action="store_true", help="also write samples.npz and a PNG folder")
     add("--anatomy", action="store_true", help="also show anatomy.png, stage by stage")
     add("--data", type=os.path.expanduser, help=f"for --anatomy: {MOVED}")
@@ -192,6 +195,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.anatomy and args.model == "baseline":
         parser.error("--anatomy shows both stages, and the baseline has one")
+    if args.fine_top_k == 1 and args.fine_temperature != 1:
+        parser.error("--fine-temperature changes nothing without --fine-top-k 0")
     device = pick_device(args.device)
 
     weights = [MODEL_FILES[args.model]]

@@ -516,7 +516,7 @@ def test_the_swap_is_of_the_first_test_tokens_and_the_clusters_on_disk(
 ):
     swapped = spy(monkeypatch, evaluate, "swap_within_clusters")
     alone = spy(monkeypatch, evaluate, "stage2_alone")
-    flags = ["--num-samples", "16", "--fine-temperature", "0.5"]
+    flags = ["--num-samples", "16", "--fine-top-k", "3"]
     sample.main(["--out", str(trained), *flags])
     run(trained)
     fine, y = evaluate.load_tokens(trained, "test")[0]
@@ -526,5 +526,5 @@ def test_the_swap_is_of_the_first_test_tokens_and_the_clusters_on_disk(
     ] * 2
     assert [call["code_to_cluster"].tolist() == g for call in swapped] == [False, True]
     (call,) = alone
-    assert call["fine_settings"]["temperature"] == 0.5, "not as the samples"
+    assert call["fine_settings"]["top_k"] == 3, "not as the samples"
     assert torch.equal(call["fine"], fine[:16]) and torch.equal(call["y"], y[:16])

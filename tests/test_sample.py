@@ -134,7 +134,8 @@ def test_batches_differ_from_each_other(trained):
     ],
 )
 def test_each_setting_acts_on_its_stage(trained, flag, value, changes):
-    plain, changed = draw(trained), draw(trained, flag, value)
+    draws = "--fine-top-k", "0"
+    plain, changed = draw(trained, *draws), draw(trained, *draws, flag, value)
     assert not torch.equal(plain["fine"], changed["fine"])
     coarse_changed = not torch.equal(plain["coarse"], changed["coarse"])
     assert coarse_changed == (changes == "coarse")
