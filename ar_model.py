@@ -206,7 +206,8 @@ def init_weights(model):
 
 def next_token_loss(model, tokens, y):
     """Mean cross-entropy in nats of all tokens int64 (B, T), each given those before it
-    and the classes y (B,): a 0-d tensor, with its gradient. The first token counts like any other."""
+    and the classes y (B,): a 0-d tensor, with its gradient. The first token counts like
+    any other."""
     logits = model(tokens[:, :-1], y)  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 

@@ -2,7 +2,8 @@
 
 p(q_i | c_1 .. c_T, y) for every token i, in one pass with full attention (arXiv
 2503.16194, figure 1c). The paper's softmax is over all K codes. Here it is over those
-of cluster c_i, in which q_i lies: all other logits are -inf (a CPU does not compute them).
+of cluster c_i, in which q_i lies: all other logits are -inf, and a CPU does not compute
+them.
 
     python aux_model.py
 
@@ -129,8 +130,8 @@ class AuxModel(nn.Module):
 
     def cluster_logits(self, x, coarse, dense=False):
         """Features (n, dim) of n = B T tokens and their coarse labels (n,) -> float32
-        logits (n, S), with their gradients, under autocast as well: those of the codes members[coarse], -inf
-        where there is none (members is -1).
+        logits (n, S), with their gradients, under autocast as well: those of the codes
+        members[coarse], -inf where there is none (members is -1).
 
         dense: by a few large products (for a GPU), not by many small ones; the logits
         are the same, and to compute them one way will do.

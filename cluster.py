@@ -56,7 +56,8 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
     one of a cluster that has several: after a step, none is empty. Ends when no
     assignment changes, at the latest after max_iter steps. Returns the cluster of each
     row, int64 (n,); float64 centroids (k, d); and a list of the inertia in each step,
-    which never rises (but for rounding). Raises ValueError if there are fewer rows than clusters.
+    which never rises (but for rounding). Raises ValueError if there are fewer rows than
+    clusters.
     """
     if not 1 <= k <= len(x):
         raise ValueError(f"cannot make {k} clusters of {len(x)} rows")

@@ -142,7 +142,8 @@ def neighbour_radius(members, k, device):
 
 
 def covered(points, members, radius, device):
-    """The share of points (N, F) within the squared radius (N',) of one of members.
+    """The share, in float64, of points (N, F) within the squared radius (N',) of one of
+    members.
 
     A point on the edge is within, also where squared_distances rounds it beyond: by
     about 1e-14 F times the largest square.
@@ -489,7 +490,7 @@ def judge_all(args, device):
         files = tuple(samples["weights"])
         if files not in bits:  # of several guidance scales, once
             bits[files] = bits_per_token(models, fine, y)
-            if "aux" in models:  # of several copies, the last one's
+            if "aux" in models:  # of copies the last one's, of settings the first
                 how = samples["fine_settings"]
                 alone = stage2_alone(models, fine[:N], y[:N], args.seed, how)
                 metrics["stage2"] = score(alone, test_set.y)

@@ -164,7 +164,7 @@ def test_precision_recall_against_scipy_where_points_lie_on_the_edge(rng):
     for real, fake in pairs:
         for k in (1, 3, 5):
             wanted = covered(fake, real, k), covered(real, fake, k)
-            assert precision_recall(real, fake, k) == pytest.approx(wanted, abs=1e-6)
+            assert precision_recall(real, fake, k) == pytest.approx(wanted, abs=1e-9)
 
 
 # ---------------------------------------------------------------------------- the judge
