@@ -394,6 +394,35 @@ def sample_sets(out, device):
         yield samples, models, artifacts
 
 
+def load_real_images(where, tokenizer, tokens):
+    """The training and test images and the class names. Fails in one line if they are
+    not those of tokenizer (the artifact) and of the test images' tokens."""
+    size = tokenizer["data"]["image_size"]
+    train_set, class_names = load_images(where, "train", size)
+    test_set, _ = load_images(where, "test", size)
+    if not torch.equal(test_set.y, tokens.y):
+        fail(f"{where} has changed since python tokenizer.py: run it again")
+    check_images(tokenizer, where, "train", train_set)
+    check_images(tokenizer, where, "test", test_set)
+    return train_set, test_set, class_names
+
+
+def how_made(samples, models, artifacts):
+    """What metrics.json says of a sample file besides its scores."""
+    stages = [name for name in models if name != "vqvae"]
+    parameters = [p.numel() for name in stages for p in models[name].parameters()]
+    return {
+        "model": samples["model"],
+        "step": artifacts["ar"]["step"],
+        "train_seconds": sum(artifacts[name]["seconds"] for name in stages),
+        "parameters": sum(parameters),
+        "fine_settings": samples["fine_settings"],
+        "seed": samples["seed"],
+        "images_per_second": samples["images_per_second"],
+        **samples["settings"],
+    }
+
+
 def warn_of_shares(samples, real_y, class_names):
     """Say so if the classes of samples are not as frequent as those of real images."""
     C, y = len(class_names), samples["labels"]
@@ -418,12 +447,7 @@ def judge_all(args, device):
     if not sizes:
         fail(f"{args.out} has nothing to judge: run python sample.py first")
     where = args.data or data["name"]
-    train_set, class_names = load_images(where, "train", data["image_size"])
-    test_set, _ = load_images(where, "test", data["image_size"])
-    if not torch.equal(test_set.y, tokens.y):
-        fail(f"{where} has changed since python tokenizer.py: run it again")
-    check_images(tokenizer, where, "train", train_set)
-    check_images(tokenizer, where, "test", test_set)
+    train_set, test_set, class_names = load_real_images(where, tokenizer, tokens)
     # A Fréchet distance depends on N: only equal numbers can be compared.
     N = min(*sizes, len(train_set.x), len(test_set.x))
     if N < 2:
@@ -485,8 +509,6 @@ def judge_all(args, device):
     metrics["reconstruction"]["psnr"] = psnr(test_set.x, reconstructions)
     bits = {}
     for samples, models, artifacts in sample_sets(args.out, device):
-        stages = [name for name in models if name != "vqvae"]
-        parameters = [p.numel() for name in stages for p in models[name].parameters()]
         files = tuple(samples["weights"])
         if files not in bits:  # of several guidance scales, once
             bits[files] = bits_per_token(models, fine, y)
@@ -494,21 +516,11 @@ def judge_all(args, device):
                 how = samples["fine_settings"]
                 alone = stage2_alone(models, fine[:N], y[:N], args.seed, how)
                 metrics["stage2"] = score(alone, test_set.y)
-        row = {
-            "model": samples["model"],
-            "step": artifacts["ar"]["step"],
-            "train_seconds": sum(artifacts[name]["seconds"] for name in stages),
-            "parameters": sum(parameters),
-            "bits_per_token": sum(bits[files]),
-            "bits_per_stage": bits[files],
-            "fine_settings": samples["fine_settings"],
-            "seed": samples["seed"],
-            "images_per_second": samples["images_per_second"],
-        }
+        row = how_made(samples, models, artifacts)
+        row |= {"bits_per_token": sum(bits[files]), "bits_per_stage": bits[files]}
         warn_of_shares(samples, test_set.y, class_names)
         images = samples["images"].permute(0, 2, 3, 1)
-        row |= samples["settings"] | score(images, samples["labels"])
-        metrics["rows"].append(row)
+        metrics["rows"].append(row | score(images, samples["labels"]))
     order = list(MODEL_NAMES)
     place = lambda row: (order.index(row["model"]), row["step"], row["cfg_scale"])
     metrics["rows"].sort(key=place)
