@@ -65,7 +65,8 @@ def rotary_table(grid, head_dim, base=10_000):
     """Cosines and sines of the 2D rotary positions: float32 (2, T + 1, head_dim / 2).
 
     Half of the angles grow with the row, half with the column, at falling frequencies.
-    Position 0 is the class token, which has no place in the grid: all angles are 0.
+    Position 0 is the class token, which has no place in the grid: all angles are 0, as
+    at the upper left cell.
     """
     h, w = grid
     n = head_dim // 4  # head_dim / 2 pairs, half of them for the row
@@ -252,7 +253,7 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 def draw(logits, generator):
     """An index int64 (...,) for each row of logits (..., V), from softmax(logits)."""
     # The Gumbel-max trick: if -ln(-ln u), u uniform, is added to each logit, each index
-    # is the largest with exactly its softmax probability. 5 times as fast as
+    # is the largest with its softmax probability. 5 times as fast as
     # torch.multinomial at V = 4096.
     uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
     uniform = uniform.clamp(1e-20, 1 - 1e-7)  # neither log may be of 0
@@ -273,6 +274,7 @@ def generate(model, y, generator, cfg_scale=1.0, temperature=1.0, top_k=0, top_p
         null = torch.full_like(y, model.config.num_classes)
         y = torch.cat([y, null])
     caches = [Cache(T) for _ in model.blocks]
+    # x is the input at position t: the class for t = 0, else token t - 1.
     x = model.class_embedding(y)[:, None]  # (B or 2B, 1, dim)
     tokens = []
     for t in range(T):
@@ -317,19 +319,21 @@ def train(learner, train_set, test_set, args, checkpoint, path):
 
 
 def drop_classes(y, num_classes, rng):
-    """A tenth of the classes y (B,) becomes the null class: guidance needs p(c) too."""
+    """A tenth of the classes y (B,) becomes the null class, for guidance, which needs
+    the probabilities of the tokens without a class as well."""
     dropped = torch.from_numpy(rng.random(len(y)) < 0.1).to(y.device)
     return y.masked_fill(dropped, num_classes)
 
 
-def adamw(model, lr):
-    """AdamW as LlamaGen sets it; the gains of the norms do not decay."""
+def adamw(model):
+    """AdamW as LlamaGen sets it; the gains of the norms do not decay. The learning rate
+    is set before every step, by training_steps."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.05}]
     groups += [{"params": gains, "weight_decay": 0.0}]
     fused = gains[0].device.type != "mps"
-    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=fused)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
 
 
 @torch.no_grad()
@@ -396,7 +400,7 @@ def main(argv=None):
     num_classes, grid = len(artifact["classes"]), list(artifact["grid"])
     config = ARConfig(V, num_classes, grid, args.layers, args.dim, args.heads)
     model = ARModel(config).to(device)
-    learner = Learner(model, adamw(model, args.lr), gradient_scaler(device))
+    learner = Learner(model, adamw(model), gradient_scaler(device))
     checkpoint = start_or_resume(args, path, learner, script, **ids)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters over {V} {args.labels} labels, on {device}")

@@ -9,9 +9,9 @@ them.
 
 Reads tokens.pt and clusters.pt; writes fine.pt and fine.png. The first loss is that of
 guessing within the cluster, the mean ln of its size. On two CPU cores: 75 seconds, 33%
-of the fine labels of the test images right. The fine labels are independent given the
-coarse ones, p(q | c, y) is a product over tokens: what that costs can be read from the
-bits per token (evaluate.py).
+of the fine labels of the test images right. The model takes the fine labels for
+independent given the coarse ones, p(q | c, y) is a product over tokens: what that costs
+can be read from the bits per token (evaluate.py).
 
 One image all the way: in go class 0 and its 64 coarse labels, 84, 84, 84, 106, ...; out
 come logits (64, S), S = 100 codes of the largest cluster. Row 27, of cluster 11, has 83
@@ -73,7 +73,8 @@ class AuxConfig:
 
 
 class AuxModel(nn.Module):
-    """The Transformer of stage 1 without the causal mask; M labels in, K labels out.
+    """The Transformer of stage 1 without the causal mask: coarse labels in, and for each
+    the logits of the codes of its cluster out.
 
     code_to_cluster int64 (K,) is g. S below is the size of the largest cluster.
     """
@@ -134,7 +135,7 @@ class AuxModel(nn.Module):
         members[coarse], -inf where there is none (members is -1).
 
         dense: by a few large products (for a GPU), not by many small ones; the logits
-        are the same, and to compute them one way will do.
+        are the same. It is a matter of speed alone.
         """
         S = self.members.shape[1]
         logits = []
@@ -277,7 +278,7 @@ def main(argv=None):
     num_classes, grid = len(artifact["classes"]), list(artifact["grid"])
     config = AuxConfig(M, K, num_classes, grid, args.layers, args.dim, args.heads)
     model = AuxModel(config, g).to(device)
-    learner = Learner(model, adamw(model, args.lr), gradient_scaler(device))
+    learner = Learner(model, adamw(model), gradient_scaler(device))
     checkpoint = start_or_resume(args, path, learner, "aux_model.py", **ids)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, {M} coarse to {K} fine labels, on {device}")

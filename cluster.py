@@ -15,7 +15,7 @@ clusters.png (figure 1b), in seconds.
 One token all the way, with K = 6 and M = 2: code_to_cluster = [0, 1, 1, 0, 1, 0]. The
 fine label 4 has the coarse label 1. Stage 1 (ar_model.py) predicts that 1; stage 2
 (aux_model.py) picks one of 1, 2 and 4, given the coarse labels of the whole image.
-In the default run token 27 of the first test image is the code 1181, and g(1181) = 11, a
+In the run that tokenizer.py follows token 27 of the first test image is the code 1181, and g(1181) = 11, a
 cluster of 83 codes.
 """
 
@@ -239,10 +239,11 @@ def main(argv=None):
     plot_swaps(args.out / "clusters.png", model, shown.x, fine, code_to_cluster, rng)
     if args.method == "random":
         # The clusters keep their sizes, and get other codes.
-        print("clusters permuted over the codes: this is the control, not the method")
         code_to_cluster = random_clusters(code_to_cluster, rng)
         centroids = cluster_means(codebook, code_to_cluster, sizes)
         inertia = [((codebook - centroids[code_to_cluster]) ** 2).sum()]
+        print("clusters permuted over the codes: this is the control, not the method")
+        print(f"inertia {inertia[0]:.1f} with these")
     code_to_cluster = torch.from_numpy(code_to_cluster)
     save(
         args.out / "clusters.pt",

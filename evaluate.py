@@ -54,6 +54,7 @@ from tokenizer import (
     CommandLine,
     Figure,
     at_least,
+    autocast,
     fail,
     home_path,
     learning_rate,
@@ -209,8 +210,7 @@ def train_classifier(train_set, num_classes, steps, seed, device, B=128):
         x = to_float(images)
         blurred, noisy = x[: B // 2], x[B // 4 : 3 * B // 4]  # some both, some neither
         noise = torch.from_numpy(rng.standard_normal(noisy.shape, np.float32))
-        if len(blurred):
-            blurred.copy_(gaussian_blur(blurred, 3, rng.uniform(0.3, 1.0)))
+        blurred.copy_(gaussian_blur(blurred, 3, rng.uniform(0.3, 1.0)))
         noisy += rng.uniform(0, 0.2) * noise.to(device)
         loss = F.cross_entropy(model(x)[1], y)
         if not math.isfinite(loss.item()):
@@ -290,6 +290,7 @@ class Real:
         self.some = features[:N]
         # On MPS there is no float64.
         self.device = "cuda" if device.type == "cuda" else "cpu"
+        # 3 is the k of precision_recall.
         self.radius = neighbour_radius(self.some, 3, self.device)
 
 
@@ -330,6 +331,8 @@ def bits_per_token(models, fine, y):
     models holds ar, and aux if it is no baseline; fine (N, T), y (N,). Returns a list:
     of CTF the bits of the coarse labels, then those of the fine ones given the coarse;
     of the baseline its own. mean_loss and mean_fine_loss measure nats, ln 2 to the bit.
+    They are those of the models as trained: guidance, temperature and top-k change what
+    is drawn, and not these.
     """
     if "aux" in models:
         coarse = models["aux"].code_to_cluster[fine]
@@ -374,7 +377,9 @@ def stage2_alone(models, fine, y, seed, fine_settings):
     size = at_once(100, fine)
     for part, part_y in zip(fine.split(size), y.split(size)):
         coarse = aux.code_to_cluster[part]
-        predicted.append(predict_fine(aux, coarse, part_y, generator, **fine_settings))
+        with autocast(part.device):  # as sample_images does
+            some = predict_fine(aux, coarse, part_y, generator, **fine_settings)
+        predicted.append(some)
     return reconstruct(models["vqvae"], torch.cat(predicted)).cpu()
 
 
@@ -492,6 +497,7 @@ def judge_all(args, device):
             "features": args.features,
             "num_samples": N,
             "num_real": len(test_set.x),
+            "judge_steps": args.judge_steps,
             "seed": args.seed,
             "data": data["name"],
             "device": str(device),
@@ -500,8 +506,10 @@ def judge_all(args, device):
             "cluster_id": clusters["cluster_id"],
         },
         "judge": {"test_accuracy": accuracy},
-        # What real images score that are not those compared with: the training images.
+        # What real images score that are not those compared with: the training images
+        # (their classes the judge has seen).
         "real": score(*train_set),
+        # These are made of the very images compared with: they may beat real ones.
         "reconstruction": score(reconstructions, test_set.y),
         "swap": {name: score(images, test_set.y) for name, images in swapped.items()},
         "rows": [],
@@ -512,7 +520,7 @@ def judge_all(args, device):
         files = tuple(samples["weights"])
         if files not in bits:  # of several guidance scales, once
             bits[files] = bits_per_token(models, fine, y)
-            if "aux" in models:  # of copies the last one's, of settings the first
+            if "aux" in models:  # what stays is of the last copy, and of its first file
                 how = samples["fine_settings"]
                 alone = stage2_alone(models, fine[:N], y[:N], args.seed, how)
                 metrics["stage2"] = score(alone, test_set.y)
@@ -537,7 +545,8 @@ def main(argv=None):
     add("--features", choices=networks, default="classifier", help="of the distance")
     offline = "inception_v3_google-0cc3c7bd.pth, when offline"
     add("--inception-weights", type=os.path.expanduser, help=offline)
-    add("--batch-size", type=at_least(1), default=250, help="images at a time")
+    what = "images at a time; below 128, the judge trains on as many"
+    add("--batch-size", type=at_least(1), default=250, help=what)
     add("--data", type=os.path.expanduser, help=MOVED)
     add("--judge-steps", type=at_least(1), default=800, help="to train the classifier")
     args = parser.parse_args(argv)
@@ -581,10 +590,10 @@ def mean_of_seeds(paths):
 
     def protocol_of(run):
         """What must be equal in all runs."""
-        of_run = ("features", "num_samples", "num_real", "data", "seed", "clusters")
+        of_run = "features", "num_samples", "num_real", "judge_steps", "data", "seed"
         of_row = ("model", "step", "fine_settings", *SETTINGS)
         rows = [[row[key] for key in of_row] for row in run["rows"]]
-        return [run["protocol"][key] for key in of_run], rows
+        return [run["protocol"].get(key) for key in (*of_run, "clusters")], rows
 
     for path, run in zip(paths, runs):
         if protocol_of(run) != protocol_of(runs[0]):

@@ -196,7 +196,7 @@ def main(argv=None):
     if args.anatomy and args.model == "baseline":
         parser.error("--anatomy shows both stages, and the baseline has one")
     if args.fine_top_k == 1 and args.fine_temperature != 1:
-        parser.error("--fine-temperature changes nothing without --fine-top-k 0")
+        parser.error("--fine-temperature changes nothing with --fine-top-k 1: give 0")
     device = pick_device(args.device)
 
     weights = [MODEL_FILES[args.model]]

@@ -243,7 +243,8 @@ class VQVAE(nn.Module):
 
         Perplexity: exp(entropy of the shares), K if all codes are used alike, 1 if one.
         In use: a tenth of an average share or more. The moving counts span about 100
-        steps, so this holds even when a batch has fewer tokens than there are codes.
+        steps, so a batch may have fewer tokens than there are codes. A code that has
+        just started anew has an average share, and counts as used for 230 steps.
         """
         share = (self.moving_count / self.moving_count.sum()).cpu()
         used = (share > 0.1 / len(share)).float().mean()
@@ -308,6 +309,8 @@ def train(learner, train_set, test_set, args, checkpoint, path):
 
     def measure():
         """What is printed and plotted of every --save-every steps."""
+        if len(checkpoint["history"]["loss"]) <= codebook_after:  # no codebook yet
+            return {"psnr": math.nan, "usage": math.nan, "perplexity": math.nan}
         some = test_set.x[:1000]
         with autocast(some.device):
             quality = psnr(some, reconstruct(model, tokenize(model, some)))

@@ -340,6 +340,8 @@ def write_assignment(folder, names):
     readme = (ROOT / "README.md").read_text("utf-8")
     # Without the section on this script, up to the next heading; and without the two
     # columns that say what stands in the functions: where to set a breakpoint.
+    breakpoints = " The last two columns say where to stop a debugger first."
+    readme = readme.replace(breakpoints, "")
     readme = re.sub(r"## For a course\n.*?(?=\n## )\n", "", readme, flags=re.DOTALL)
     readme = re.sub(
         r"^(\| (?:file|`\w+\.py`) \|[^|]*\|[^|]*\|).*$",
@@ -394,8 +396,9 @@ def run_tests(folder, stages, tests=(), limit=None):
     return results
 
 
-def grade(folder, limit):
-    """The marks of a student's copy: a list of results in Gradescope's form."""
+def grade(folder, limit, names):
+    """The marks of a student's copy: a list of results in Gradescope's form, one for
+    each exercise of names."""
 
     def grade_exercise(name):
         """Its tests, in a copy of this repository with the student's six files."""
@@ -427,7 +430,7 @@ def grade(folder, limit):
         }
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(grade_exercise, EXERCISES))
+        return list(pool.map(grade_exercise, names))
 
 
 def check(name):
@@ -481,7 +484,7 @@ def main(argv=None):
     elif args.grade:
         if not args.grade.is_dir():
             parser.error(f"{args.grade}: no such folder")
-        results = grade(args.grade, args.limit)
+        results = grade(args.grade, args.limit, args.exercise)
         for result in results:
             marks = f"{result['score']:g} of {result['max_score']}"
             print(f"{result['name']:20}{marks:>12}  {result['status']}")

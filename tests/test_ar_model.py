@@ -337,7 +337,7 @@ def test_a_tenth_of_the_classes_becomes_the_null_class():
 
 
 def test_only_matrices_decay(model):
-    decaying, others = ar_model.adamw(model, 1e-3).param_groups
+    decaying, others = ar_model.adamw(model).param_groups
     assert decaying["weight_decay"] == 0.05 and others["weight_decay"] == 0
     assert {p.ndim for p in decaying["params"]} == {2}
     assert {p.ndim for p in others["params"]} == {1}
@@ -348,7 +348,7 @@ def test_only_matrices_decay(model):
 def test_the_model_learns_a_sequence_by_heart(tokens):
     torch.manual_seed(0)
     model = ARModel(ARConfig(11, 3, [3, 4], layers=2, dim=32, heads=4))
-    optimizer = ar_model.adamw(model, 1e-3)
+    optimizer = ar_model.adamw(model)
     labels = torch.tensor([0, 1, 2])
     for _ in range(120):
         loss = ar_model.next_token_loss(model, tokens[:3], labels)

@@ -127,7 +127,7 @@ TABLE = [
     ("sample", ["--cfg-scales", "inf"], nothing, 2, "--cfg-scales: inf is not in"),
     ("sample", ["--cfg-scales"], nothing, 2, "expected at least one argument"),
     ("sample", ["--top-p", "0"], nothing, 2, "--top-p: 0 is not in"),
-    ("sample", ["--fine-temperature", "2"], nothing, 2, "without --fine-top-k 0"),
+    ("sample", ["--fine-temperature", "2"], nothing, 2, "--fine-top-k 1: give 0"),
     ("sample", ["--classes", "-1"], nothing, 1, "--classes -1: those of"),
     ("sample", ["--num-samples", "0"], nothing, 2, "0 is not in 1"),
     ("sample", ["--model", "vae"], nothing, 2, "invalid choice: 'vae'"),

@@ -56,7 +56,9 @@ def test_the_copy_says_what_to_do(tmp_path):
     readme = (tmp_path / "copy" / "README.md").read_text("utf-8")
     assert "make_assignment" not in readme and "For a course" not in readme
     assert "## One image, stage by stage\n" in readme and "\n## Citation\n" in readme
-    assert "inertia.append" not in readme, "where to set breakpoints shows solutions"
+    assert "inertia.append" not in readme and "debugger first" not in readme, (
+        "where to set breakpoints shows solutions"
+    )
     assert "| `evaluate.py` |" in readme
     sheet = (tmp_path / "copy" / "ASSIGNMENT.md").read_text("utf-8")
     assert sheet.index("guidance (1 point") < sheet.index("swap (4 points")
@@ -74,9 +76,6 @@ def students(folder, **functions):
 
 
 def test_marks_of_a_right_and_a_wrong_solution(tmp_path, monkeypatch):
-    some = ("guidance", "key-value-cache")
-    few = {name: EXERCISES[name] for name in some}
-    monkeypatch.setattr(make_assignment, "EXERCISES", few)
     wrong = "def guide(cond, uncond, scale):\n    return cond * scale\n"
     folder = students(tmp_path / "copy", guide=wrong)
     # A student who edits the tests gains nothing.
@@ -84,7 +83,8 @@ def test_marks_of_a_right_and_a_wrong_solution(tmp_path, monkeypatch):
         "def test_guidance_formula(): pass"
     )
     monkeypatch.chdir(tmp_path)
-    main(["--grade", str(folder)])
+    some = "guidance", "key-value-cache"
+    main(["--grade", str(folder), "--exercise", *some])
     guidance, cache = json.loads((tmp_path / "results.json").read_text())["tests"]
     assert cache["score"] == cache["max_score"] == 4 and cache["status"] == "passed"
     assert guidance["score"] == 0 and guidance["status"] == "failed"
@@ -97,8 +97,8 @@ def test_an_endless_loop_costs_its_exercise(tmp_path, monkeypatch):
     (tmp_path / "tests" / "test_loop.py").write_text(loop)
     assert run_tests(tmp_path, ["loop"], limit=4) is None
     monkeypatch.setattr(make_assignment, "run_tests", lambda *args: None)
-    for mark in make_assignment.grade(tmp_path, limit=4):
-        assert mark["score"] == 0 and "endless loop" in mark["output"]
+    (mark,) = make_assignment.grade(tmp_path, 4, ["guidance"])
+    assert mark["score"] == 0 and "endless loop" in mark["output"]
 
 
 def test_the_tests_that_the_table_names_exist():
