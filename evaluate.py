@@ -21,6 +21,7 @@ compares them with those of the 5,000 test images.
 import json
 import math
 import os
+from itertools import cycle
 from pathlib import Path
 from statistics import mean
 
@@ -666,6 +667,18 @@ def best_rows(rows):
     return list(best.values())
 
 
+def other_settings(row):
+    """How a row was sampled where it differs from the defaults, but for guidance."""
+    text = ""
+    for key, usual in SETTINGS.items():
+        if key != "cfg_scale" and row[key] != usual:
+            text += f", {key} {row[key]:g}"
+    for key, usual in FINE_SETTINGS.items():
+        if row["model"] == "ctf" and row["fine_settings"][key] != usual:
+            text += f", fine {key} {row['fine_settings'][key]:g}"
+    return text
+
+
 def named_sets(metrics, rows):
     """(name, colour, scores) of each set of images, in reading order."""
     sets = [
@@ -682,12 +695,7 @@ def named_sets(metrics, rows):
         sets.append((name, "tab:olive", metrics["stage2"]))
     for row in rows:
         name = f"{MODEL_NAMES[row['model']]} samples, guidance {row['cfg_scale']:g}"
-        for key, usual in SETTINGS.items():
-            if key != "cfg_scale" and row[key] != usual:
-                name += f", {key} {row[key]:g}"
-        for key, usual in FINE_SETTINGS.items():
-            if row["model"] == "ctf" and row["fine_settings"][key] != usual:
-                name += f", fine {key} {row['fine_settings'][key]:g}"
+        name += other_settings(row)
         if has_copies(rows):
             name += f", step {row['step']}"
         sets.append((name, MODEL_COLORS[row["model"]], row))
@@ -717,15 +725,18 @@ def print_table(metrics):
 
 
 def plot_lines(ax, rows, x, y, note=None):
-    """A line for each model: rows[x] against rows[y], points annotated with note."""
-    for model, color in MODEL_COLORS.items():
-        own = [row for row in rows if row["model"] == model]
-        if not own:
-            continue
+    """A line for each model and its settings: rows[x] against rows[y], with rows[note]
+    beside the points."""
+    lines = {}
+    for row in rows:
+        lines.setdefault((row["model"], other_settings(row)), []).append(row)
+    styles = {model: cycle(["-", "--", ":", "-."]) for model in MODEL_NAMES}
+    for (model, settings), own in lines.items():
         xs, ys = [row[x] for row in own], [row[y] for row in own]
         bars = [row["std"][y] for row in own] if "std" in own[0] else None
-        name = MODEL_NAMES[model]
-        ax.errorbar(xs, ys, bars, color=color, marker="o", capsize=3, label=name)
+        how = {"color": MODEL_COLORS[model], "linestyle": next(styles[model])}
+        name = MODEL_NAMES[model] + settings
+        ax.errorbar(xs, ys, bars, marker="o", capsize=3, label=name, **how)
         if note:
             for row in own:
                 ax.annotate(f" {row[note]:g}", (row[x], row[y]), va="bottom")

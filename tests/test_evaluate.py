@@ -10,7 +10,7 @@ from scipy.spatial.distance import cdist
 import evaluate
 import sample
 from evaluate import frechet_distance, inception_score, precision_recall
-from sample import MODEL_FILES
+from sample import FINE_SETTINGS, MODEL_FILES, SETTINGS
 from tests.conftest import K, M, error_of, spy
 from tests.test_sample import generate, predict_fine
 
@@ -294,6 +294,23 @@ def test_kept_copies_are_judged_in_order(trained, capsys):
     torch.save(copy | {"settings": {"seed": 1}}, trained / "coarse-000004.pt")
     code, message = error_of(capsys, sample.main, *command)
     assert code == 1 and "coarse-000004.pt is of another run" in message
+
+
+def test_a_curve_joins_what_was_sampled_alike():
+    def row(model, scale, top_k):
+        """A row of metrics.json, with its guidance scale as both scores."""
+        fine = FINE_SETTINGS | {"top_k": top_k}
+        return SETTINGS | {"model": model, "cfg_scale": scale, "fine_settings": fine}
+
+    rows = [row("ctf", scale, k) for scale in (1, 2, 3) for k in (1, 0)]
+    rows += [row("baseline", scale, 1) for scale in (2, 3)]
+    ax = evaluate.Figure().subplots()
+    evaluate.plot_lines(ax, rows, "cfg_scale", "cfg_scale", "cfg_scale")
+    points = [line.get_xdata().tolist() for line in ax.lines]
+    assert points == [[1, 2, 3], [1, 2, 3], [2, 3]]
+    _, names = ax.get_legend_handles_labels()
+    assert names == ["CTF", "CTF, fine top_k 0", "baseline"]
+    assert [line.get_linestyle() for line in ax.lines] == ["-", "--", "-"]
 
 
 def test_mean_of_seeds(trained, tmp_path, capsys):
