@@ -253,8 +253,8 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 def draw(logits, generator):
     """An index int64 (...,) for each row of logits (..., V), from softmax(logits)."""
     # The Gumbel-max trick: if -ln(-ln u), u uniform, is added to each logit, each index
-    # is the largest with its softmax probability. 5 times as fast as
-    # torch.multinomial at V = 4096.
+    # is the largest with its softmax probability. 5 times as fast as torch.multinomial at
+    # V = 4096.
     uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
     uniform = uniform.clamp(1e-20, 1 - 1e-7)  # neither log may be of 0
     return (logits - (-uniform.log()).log()).argmax(dim=-1)

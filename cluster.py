@@ -15,8 +15,8 @@ clusters.png (figure 1b), in seconds.
 One token all the way, with K = 6 and M = 2: code_to_cluster = [0, 1, 1, 0, 1, 0]. The
 fine label 4 has the coarse label 1. Stage 1 (ar_model.py) predicts that 1; stage 2
 (aux_model.py) picks one of 1, 2 and 4, given the coarse labels of the whole image.
-In the run that tokenizer.py follows token 27 of the first test image is the code 1181, and g(1181) = 11, a
-cluster of 83 codes.
+In the run that tokenizer.py follows, token 27 of the first test image is the code 1181,
+and g(1181) = 11, a cluster of 83 codes.
 """
 
 import os

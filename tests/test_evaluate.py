@@ -336,12 +336,15 @@ def test_mean_of_seeds(trained, tmp_path, capsys):
     assert means["swap"] == metrics["swap"]
     assert means["protocol"]["training_seeds"] == 3
 
-    other = json.loads((folders[1] / "metrics.json").read_text())
-    other["rows"][0]["cfg_scale"] = 1.5
-    (folders[1] / "metrics.json").write_text(json.dumps(other))
     command = "--out", tmp_path / "mean", "--mean-of", *folders
-    code, message = error_of(capsys, evaluate.main, *command)
-    assert code == 1 and "differ in models, steps, settings" in message
+    same = (folders[1] / "metrics.json").read_text()
+    for part, key in (("rows", "cfg_scale"), ("protocol", "judge_steps")):
+        other = json.loads(same)
+        changed = other["rows"][0] if part == "rows" else other["protocol"]
+        changed[key] = 1.5
+        (folders[1] / "metrics.json").write_text(json.dumps(other))
+        code, message = error_of(capsys, evaluate.main, *command)
+        assert code == 1 and "differ in models, steps, settings" in message
     (folders[1] / "metrics.json").write_text("{")
     code, message = error_of(capsys, evaluate.main, *command)
     assert code == 1 and "b/metrics.json" in message
