@@ -269,8 +269,9 @@ def write_samples(args, stem, cfg_scale, files, models, artifacts):
         write_npz(path, images)
     if args.anatomy:
         sample, seed = images[0], args.seed
+        path = args.out / f"{stem.replace('samples', 'anatomy')}.png"
         write_anatomy(
-            args.out, models, test_set, class_names, sample, fine[:1], y[:1], seed
+            path, models, test_set, class_names, sample, fine[:1], y[:1], seed
         )
 
 
@@ -416,11 +417,11 @@ def anatomy(models, image, fine, y, rng):
     return {title: picture.cpu().numpy() for title, picture in pictures.items()}
 
 
-def write_anatomy(out, models, test_set, class_names, sample, sample_fine, y, seed):
-    """anatomy.png: the anatomy of a real image of class y (1,) of test_set, and of a
+def write_anatomy(path, models, test_set, class_names, sample, sample_fine, y, seed):
+    """Draw to path the anatomy of a real image of class y (1,) of test_set, and of a
     sample of it with fine labels (1, T)."""
     device = models["vqvae"].codebook.device
-    tokens, _ = load_tokens(out, "test")
+    tokens, _ = load_tokens(path.parent, "test")
     i = (test_set.y == y).nonzero()[0, 0]
     rows = {
         "A real image": (test_set.x[i], tokens.x[i : i + 1]),
@@ -447,7 +448,7 @@ def write_anatomy(out, models, test_set, class_names, sample, sample_fine, y, se
                 entropies = shown
         bar = scale_ax.inset_axes([0.1, 0, 0.1, 1])
         part.colorbar(entropies, cax=bar, label="entropy, bits")
-    save_figure(out / "anatomy.png", figure)
+    save_figure(path, figure)
 
 
 if __name__ == "__main__":

@@ -203,6 +203,9 @@ def test_anatomy_is_drawn(trained, capsys, monkeypatch):
     monkeypatch.setattr(sample, "load_models", with_known_logits)
     draw(trained, "--anatomy", "--classes", "2")
     assert (trained / "anatomy.png").exists()
+    draw(trained, "--anatomy", "--classes", "2", "--cfg-scales", "1", "2")
+    assert (trained / "anatomy-cfg1.png").exists()  # each scale its own
+    assert (trained / "anatomy-cfg2.png").exists()
     flags = "--anatomy", "--model", "baseline"
     assert error_of(capsys, sample.main, "--out", trained, *flags)[0] == 2
 
