@@ -65,8 +65,9 @@ MODEL_NAMES = {"ctf": "CTF", "baseline": "baseline"}
 # The weights of stage 1, and of stage 2 if there is one.
 MODEL_FILES = {"ctf": ["coarse.pt", "fine.pt"], "baseline": ["baseline.pt"]}
 # How the AR model is sampled, and how the auxiliary model is ("fine"): there the class
-# adds little to what the coarse labels say, and the likeliest code of each cluster was
-# better than a drawn one wherever it was tried. (The paper draws: "top_k": 0.)
+# adds little to what the coarse labels say, and with the likeliest code of each cluster
+# the FD was lower than with a drawn one wherever that was tried, each at its best
+# guidance. (The paper draws: "top_k": 0.)
 SETTINGS = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 FINE_SETTINGS = {"cfg_scale": 1.0, "temperature": 1.0, "top_k": 1}
 
