@@ -13,7 +13,7 @@ labels themselves, then pixels.
 Reads tokenizer.pt, tokens.pt, clusters.pt, coarse.pt and fine.pt (or baseline.pt);
 writes samples.pt (images uint8 (N, 3, H, W), their classes (N,), coarse and fine labels
 (N, T)) and samples.png, or samples-baseline.pt and .png. --anatomy: anatomy.png; --npz:
-samples.npz and a folder of PNG files. About 180 images/s on two CPU cores.
+samples.npz and a folder of PNG files. About 150 images/s on two CPU cores.
 
 One image all the way: class 0. 64 steps of stage 1, with and without the class as a batch
 of two, draw 64 coarse labels, 23, 103, 103, 106, ..., token 27 the cluster 96. One step of

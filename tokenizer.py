@@ -10,7 +10,7 @@ of only d = 8 dimensions, as in LlamaGen (arXiv 2406.06525).
     python tokenizer.py --data cifar10    # mnist, fashion_mnist, a folder of classes
 
 Reads images; writes tokenizer.pt, tokens.pt (the fine labels of the whole data set) and
-tokenizer.png to --out. On two CPU cores: 3 minutes, 27 dB on the test images, nearly
+tokenizer.png to --out. On two CPU cores: 4 minutes, 27 dB on the test images, nearly
 all of the 4096 codes in use.
 
 One image all the way, the first of the test set, a 0: (3, 32, 32). The encoder halves it
