@@ -270,9 +270,9 @@ def write_samples(args, stem, cfg_scale, files, models, artifacts):
         write_npz(path, images)
     if args.anatomy:
         sample, seed = images[0], args.seed
-        path = args.out / f"{stem.replace('samples', 'anatomy')}.png"
+        picture = args.out / f"{stem.replace('samples', 'anatomy')}.png"
         write_anatomy(
-            path, models, test_set, class_names, sample, fine[:1], y[:1], seed
+            picture, models, test_set, class_names, sample, fine[:1], y[:1], seed
         )
 
 
