@@ -1,46 +1,28 @@
-"""The clusters: similar codewords together, fine label q -> coarse label g(q).
+"""The clusters: a map g from fine labels to coarse labels, by k-means on the codebook.
 
 The observation behind CTF (arXiv 2503.16194, figures 1a and 1b): a large codebook is
-redundant. Replace every token of an image by a random one of its cluster, and the
-picture survives; with clusters made at random it does not. So the cluster of a token
-says nearly everything, and can be predicted first.
+redundant. Replace every token of an image by a random code from the same cluster, and
+the image stays recognisable. With random clusters it does not. So the cluster of a token
+carries most of the information, and can be predicted first.
 
-    python cluster.py                  # k-means, M = 128
-    python cluster.py --method random  # the paper's control; use another --out, with
-                                       # copies of tokenizer.pt and tokens.pt in it
+    python cluster.py                                      # k-means, M = 128
+    python cluster.py --out out/random --method random     # the paper's control
 
-Reads tokenizer.pt and tokens.pt; writes clusters.pt (code_to_cluster is g) and
-clusters.png (figure 1b), in seconds.
+Reads images.pt, tokenizer.pt and tokens.pt; writes clusters.pt (code_to_cluster is g)
+and clusters.png (figure 1b), in seconds.
 
-One token all the way, with K = 6 and M = 2: code_to_cluster = [0, 1, 1, 0, 1, 0]. The
-fine label 4 has the coarse label 1. Stage 1 (ar_model.py) predicts that 1; stage 2
-(aux_model.py) picks one of 1, 2 and 4, given the coarse labels of the whole image.
-In the run that tokenizer.py follows, token 27 of the first test image is the code 1181,
-and g(1181) = 11, a cluster of 83 codes.
+An example with K = 6 and M = 2: code_to_cluster = [0, 1, 1, 0, 1, 0]. The fine label 4
+has the coarse label 1. Stage 1 (ar_model.py) predicts the coarse label 1. Stage 2
+(aux_model.py) then chooses one of the fine labels 1, 2 and 4, given the coarse labels of
+the whole image. In the run that tokenizer.py follows, token 27 of the first test image
+has the fine label 1181 and the coarse label g(1181) = 11, a cluster of 83 codes.
 """
-
-import os
 
 import numpy as np
 import torch
 
-from tokenizer import (
-    CommandLine,
-    Examples,
-    Figure,
-    at_least,
-    fail,
-    load,
-    load_images,
-    load_tokenizer,
-    load_tokens,
-    no_traceback,
-    pick_device,
-    reconstruct,
-    save,
-    save_figure,
-    short_hash,
-)
+import tokenizer
+from tokenizer import Examples, Figure, reconstruct
 
 # --------------------------------------------------------------------------------------
 # k-means
@@ -50,14 +32,13 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
     """Lloyd's algorithm: minimise the inertia, the sum of squared distances of the rows
     of x (n, d) to the centroids of their clusters.
 
-    init: an array (k, d) of centroids to start from, which stays as it is; else
-    k-means++ seeding. A step assigns each row to its nearest centroid, and then moves
-    the centroids to the means of their rows. A cluster without rows first takes over
-    one of a cluster that has several: after a step, none is empty. Ends when no
-    assignment changes, at the latest after max_iter steps. Returns the cluster of each
-    row, int64 (n,); float64 centroids (k, d); and a list of the inertia in each step,
-    which never rises (but for rounding). Raises ValueError if there are fewer rows than
-    clusters.
+    It starts from init, centroids (k, d) that are not modified, or else from k-means++
+    seeding. A step assigns each row to its nearest centroid, and then moves every
+    centroid to the mean of its rows. A cluster without rows first takes one from a
+    cluster with several, so no cluster is empty after a step. It ends when no assignment
+    changes, or after max_iter steps. Returns the cluster of each row, int64 (n,); the
+    centroids, float64 (k, d); and a list of the inertia after each step, which never
+    rises (up to rounding). Raises ValueError if there are fewer rows than clusters.
     """
     if not 1 <= k <= len(x):
         raise ValueError(f"cannot make {k} clusters of {len(x)} rows")
@@ -68,12 +49,12 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
     previous = None
     inertia = []
     for _ in range(max_iter):
-        assignment = nearest_centroids(x, centroids)
+        assignment = nearest_centroids_float32(x, centroids)
         distance = ((x - centroids[assignment]) ** 2).sum(axis=1)  # (n,)
         sizes = np.bincount(assignment, minlength=k)
         for empty in np.flatnonzero(sizes == 0):
-            # It takes over the row farthest from its centroid, out of a cluster that
-            # has others: the inertia falls.
+            # It takes the row farthest from its centroid, out of a cluster with several
+            # rows. That lowers the inertia.
             row = np.where(sizes[assignment] > 1, distance, -1).argmax()
             sizes[assignment[row]] -= 1
             sizes[empty] = 1
@@ -87,36 +68,43 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
 
 
 def kmeans_plus_plus(x, k, rng):
-    """k rows of x (n, d) that lie far apart, to start from: an array (k, d).
+    """k rows of x (n, d) that lie far apart, as initial centroids: an array (k, d).
 
-    The first is any row, all alike likely. Each of the others is drawn with a
-    probability proportional to its squared distance to the nearest one drawn before
-    (Arthur and Vassilvitskii 2007); if all these distances are 0, any row will do.
-    rng: the numpy Generator that draws.
+    The first row is chosen uniformly at random. Each further row is chosen with
+    probability proportional to its squared distance to the nearest row chosen so far
+    (Arthur and Vassilvitskii 2007). If all these distances are 0, any row may be
+    chosen. rng: a numpy Generator.
     """
     chosen = [rng.integers(len(x))]
     distance = np.full(len(x), np.inf)  # (n,) squared, to the nearest chosen row
     for _ in range(k - 1):
         distance = np.minimum(distance, ((x - x[chosen[-1]]) ** 2).sum(axis=1))
-        # Row i is drawn if a random point of [0, total) falls into its part of it, as
-        # long as distance[i]. (rng.choice does the same, more slowly.)
+        # Lay intervals of length distance[i] end to end, and choose the row whose
+        # interval contains a random point. (rng.choice does the same, more slowly.)
         ends = distance.cumsum()
         row = np.searchsorted(ends, rng.random() * ends[-1], side="right")
-        chosen.append(min(row, len(x) - 1))  # all distances 0: any row will do
+        chosen.append(min(row, len(x) - 1))  # all distances 0: the last row
     return x[chosen]
 
 
 def nearest_centroids(x, centroids):
     """The index int64 (n,) of the centroid (k, d) nearest to each row of x (n, d).
 
-    It is (c**2).sum(axis=1) - 2 * x @ c.T, of which each row's argmin is taken, since
-    |x - c|^2 = |x|^2 - 2 x.c + |c|^2 and the first term is the same for all c. Below
-    are the same numbers, 3 times faster.
+    |x - c|^2 = |x|^2 - 2 x.c + |c|^2, and |x|^2 is the same for all centroids.
     """
-    centre = x.mean(axis=0)  # float32 is exact enough near the origin only
+    distances = (centroids**2).sum(axis=1) - 2 * x @ centroids.T  # (n, k), less |x|^2
+    return distances.argmin(axis=1)
+
+
+def nearest_centroids_float32(x, centroids):
+    """The same as nearest_centroids (up to near ties), 3 times as fast.
+
+    It is in float32, which is exact enough once the data are centred at the origin. A
+    column of ones turns both terms into one matrix product. 128 rows at a time stay in
+    the CPU's cache.
+    """
+    centre = x.mean(axis=0)
     x, centroids = x - centre, centroids - centre
-    # A column of ones makes one matrix product of both terms; and 128 rows at a time
-    # stay in the cache, and do not wake BLAS's threads, which cost more than they save.
     x1 = np.concatenate([x, np.ones((len(x), 1))], axis=1, dtype=np.float32)
     norms = (centroids**2).sum(axis=1)[None]
     c1 = np.concatenate([-2 * centroids.T, norms], dtype=np.float32)  # (d + 1, k)
@@ -136,9 +124,9 @@ def cluster_means(x, assignment, sizes):
 
 
 def to_coarse(examples, code_to_cluster):
-    """Examples of fine labels int64 (N, T) -> the same images by their coarse labels.
+    """Examples of fine labels int64 (N, T) -> Examples of coarse labels int64 (N, T).
 
-    code_to_cluster int64 (K,) is the map g; coarse labels are int64; the classes stay.
+    code_to_cluster int64 (K,) is the map g. The classes stay the same.
     """
     return Examples(code_to_cluster[examples.x], examples.y)
 
@@ -146,32 +134,32 @@ def to_coarse(examples, code_to_cluster):
 def codes_of_clusters(code_to_cluster):
     """The inverse of the map g, which is integers (K,) with values 0 .. M - 1.
 
-    Returns by_cluster int64 (K,): the codes of cluster 0 in rising order, then those of
-    cluster 1, and so on; and sizes int64 (M,): how many codes there are of each.
+    Returns by_cluster int64 (K,): the fine labels in cluster 0 in ascending order, then
+    those in cluster 1, and so on; and sizes int64 (M,): the number of codes per cluster.
     """
     return code_to_cluster.argsort(kind="stable"), np.bincount(code_to_cluster)
 
 
 # --------------------------------------------------------------------------------------
-# Figure 1b: what the clusters are worth
+# Figure 1b: how much of an image do its coarse labels determine?
 
 
 def swap_within_clusters(tokens, code_to_cluster, rng):
-    """Replace every token by a random code of its cluster (figure 1b).
+    """Replace every token by a random code from the same cluster (figure 1b).
 
-    tokens: fine labels of any shape, code_to_cluster: (K,), integers; rng: a numpy
-    Generator. Returns int64 fine labels of the shape of tokens, also where these are
-    int32. All codes of a cluster are equally likely, the token itself among them, and
-    those that do not occur in tokens; every token is drawn for itself.
+    tokens: fine labels, integers of any shape; code_to_cluster: integers (K,); rng: a
+    numpy Generator. Returns fine labels int64 of the shape of tokens. Every token is
+    sampled independently and uniformly from all codes of its cluster, including itself
+    and codes that do not occur in tokens.
     """
     by_cluster, sizes = codes_of_clusters(code_to_cluster)
-    starts = sizes.cumsum() - sizes  # where in by_cluster the codes of each one start
+    starts = sizes.cumsum() - sizes  # (M,): where each cluster starts in by_cluster
     coarse = code_to_cluster[tokens]
     return by_cluster[starts[coarse] + rng.integers(sizes[coarse])]
 
 
 def random_clusters(code_to_cluster, rng):
-    """The control: as large, but of codes with nothing in common. (K,) -> (K,)."""
+    """The control: clusters of the same sizes with random codes. (K,) -> (K,)."""
     return rng.permutation(code_to_cluster)
 
 
@@ -179,50 +167,27 @@ def random_clusters(code_to_cluster, rng):
 # The script
 
 
-def load_clusters(out, codebook_id):
-    """The artifact clusters.pt in the folder out; fails if of another codebook."""
-    return load(out / "clusters.pt", "cluster.py", codebook_id=codebook_id)
-
-
-def check_images(tokenizer, data, part, examples):
-    """Fail if examples, found at data, are not those that tokenizer.py read.
-
-    tokenizer: the artifact; part: "train", "test", or "first" for the first ten of the
-    test set.
-    """
-    fingerprint = tokenizer["data"].get("fingerprint")
-    if fingerprint is None:  # of an older version
-        return
-    # Glyphs have none: they are always alike, but for what another CPU rounds otherwise.
-    found = None if data == "glyphs" else short_hash(*examples)
-    if fingerprint.get(part) != found:
-        again = "run it again, or give another --data"
-        fail(f"{data} has changed since python tokenizer.py: {again}")
-
-
-MOVED = "where the images are now, if they have been moved"
-
-
-@no_traceback()
 def main(argv=None):
-    parser = CommandLine(__doc__)
+    parser = tokenizer.command_line(__doc__)
     add = parser.add_argument
-    add("--data", type=os.path.expanduser, help=MOVED)
-    add("--clusters", type=at_least(1), default=128, help="M")
+    add("--clusters", type=int, default=128, help="M")
     add("--method", choices=["kmeans", "random"], default="kmeans", help="the map g")
-    add("--restarts", type=at_least(1), default=3, help="runs; the best is kept")
-    add("--max-iter", type=at_least(1), default=300, help="Lloyd steps at most")
+    add("--restarts", type=int, default=3, help="runs of k-means; the best is kept")
     args = parser.parse_args(argv)
-    model, tokenizer = load_tokenizer(args.out, pick_device(args.device))
-    codebook_id, data = tokenizer["codebook_id"], tokenizer["data"]
-    test_tokens, _ = load_tokens(args.out, "test", codebook_id=codebook_id)
+    device = tokenizer.pick_device(args.device)
+    model, artifact = tokenizer.load_tokenizer(args.out, device)
+    codebook_id, images_id = artifact["codebook_id"], artifact["images_id"]
+    _, tokens, _ = tokenizer.load_examples(
+        args.out, "tokens.pt", codebook_id=codebook_id
+    )
+    _, images, _ = tokenizer.load_examples(args.out, "images.pt", images_id=images_id)
     codebook = model.codebook.cpu().numpy()  # (K, d)
     K, M = len(codebook), args.clusters
     if M > K:
-        fail(f"--clusters {M} is more than the {K} codes of {args.out}/tokenizer.pt")
+        tokenizer.fail(f"--clusters {M} is more than the {K} codes of tokenizer.pt")
 
     seeds = range(args.seed, args.seed + args.restarts)
-    runs = [kmeans(codebook, M, seed, max_iter=args.max_iter) for seed in seeds]
+    runs = [kmeans(codebook, M, seed) for seed in seeds]
     code_to_cluster, centroids, inertia = min(runs, key=lambda run: run[2][-1])
     sizes = np.bincount(code_to_cluster, minlength=M)
     print(f"{M} clusters of {sizes.min()} to {sizes.max()} codes")
@@ -232,29 +197,24 @@ def main(argv=None):
     print(f"{share:.1%} of the variance of the codebook is within clusters")
 
     rng = np.random.default_rng(args.seed)
-    where = args.data or data["name"]
-    shown, _ = load_images(where, "test", data["image_size"], count=10)
-    check_images(tokenizer, where, "first", shown)
-    fine = test_tokens.x[:10].numpy()
-    plot_swaps(args.out / "clusters.png", model, shown.x, fine, code_to_cluster, rng)
+    rows = swapped_images(model, images.x[:10], tokens.x[:10], code_to_cluster, rng)
     if args.method == "random":
-        # The clusters keep their sizes, and get other codes.
         code_to_cluster = random_clusters(code_to_cluster, rng)
         centroids = cluster_means(codebook, code_to_cluster, sizes)
         inertia = [((codebook - centroids[code_to_cluster]) ** 2).sum()]
-        print("clusters permuted over the codes: this is the control, not the method")
-        print(f"inertia {inertia[0]:.1f} with these")
-    code_to_cluster = torch.from_numpy(code_to_cluster)
-    save(
+        print(f"random clusters of the same sizes: inertia {inertia[0]:.1f}")
+    g = torch.from_numpy(code_to_cluster)
+    tokenizer.save(
         args.out / "clusters.pt",
-        script="cluster.py",
-        code_to_cluster=code_to_cluster,
+        code_to_cluster=g,
         centroids=torch.from_numpy(centroids).float(),
         inertia=[float(value) for value in inertia],
         method=args.method,
         codebook_id=codebook_id,
-        cluster_id=short_hash(code_to_cluster, model.codebook),
+        cluster_id=tokenizer.short_hash(g, model.codebook),
     )
+    title = f"every token replaced by a random code from its cluster (K = {K}, M = {M})"
+    plot_swaps(args.out / "clusters.png", title, rows)
     print(f"wrote clusters.pt and clusters.png to {args.out}")
 
 
@@ -262,35 +222,38 @@ def main(argv=None):
 # The picture
 
 
-def plot_swaps(path, model, images, fine, code_to_cluster, rng):
-    """clusters.png, which is figure 1b.
+def swapped_images(model, images, fine, code_to_cluster, rng):
+    """The rows of figure 1b: {name: images uint8 (n, H, W, 3)}.
 
     images uint8 (n, H, W, 3) and their fine labels int64 (n, T); code_to_cluster (K,)
-    of k-means.
+    from k-means.
     """
     control = random_clusters(code_to_cluster, rng)
-    similar = swap_within_clusters(fine, code_to_cluster, rng)
-    unlike = swap_within_clusters(fine, control, rng)
+    similar = swap_within_clusters(fine.numpy(), code_to_cluster, rng)
+    unlike = swap_within_clusters(fine.numpy(), control, rng)
     tokens = {
         "reconstruction": fine,
-        "tokens swapped within\nk-means clusters": similar,
-        "tokens swapped within\nrandom clusters": unlike,
+        "swapped within\nk-means clusters": torch.from_numpy(similar),
+        "swapped within\nrandom clusters": torch.from_numpy(unlike),
     }
     rows = {"original": images}
     for name, labels in tokens.items():
-        labels = torch.from_numpy(labels).to(model.codebook.device)
-        rows[name] = reconstruct(model, labels).cpu()
+        rows[name] = reconstruct(model, labels.to(model.codebook.device)).cpu()
+    return rows
+
+
+def plot_swaps(path, title, rows):
+    """clusters.png: a row of images for each of rows, {name: images (n, H, W, 3)}."""
     figure = Figure(figsize=(12, 5))
-    size = f"{len(code_to_cluster)} codes, {code_to_cluster.max() + 1} clusters"
-    figure.suptitle(f"every token becomes a random one of its cluster ({size})")
-    grid = figure.subplots(4, len(images), squeeze=False)
+    figure.suptitle(title)
+    grid = figure.subplots(4, len(rows["original"]), squeeze=False)
     for axes, (name, row) in zip(grid, rows.items()):
         axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for ax, image in zip(axes, row.numpy()):
             ax.imshow(image)
             ax.set(xticks=[], yticks=[], frame_on=False)
-    save_figure(path, figure)
+    tokenizer.save_figure(path, figure)
 
 
 if __name__ == "__main__":
-    main()
+    tokenizer.run(main)
