@@ -399,8 +399,9 @@ def judge_all(args, device):
     rows = [row("real training images", *train_set)]
     # All further controls are made from the test images that they are compared with.
     rows += [row("reconstructions", reconstructions, test_set.y)]
-    for name, images in swaps(vqvae, fine[:N], clusters, args.seed).items():
-        rows += [row(f"swapped within {name} clusters", images, test_set.y)]
+    swapped = swaps(vqvae, fine[:N], clusters, args.seed)
+    for name in sorted(swapped):
+        rows += [row(f"swapped within {name} clusters", swapped[name], test_set.y)]
     for samples, models, artifacts in sets:
         if "aux" in models:
             how = samples["fine_settings"]

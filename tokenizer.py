@@ -316,6 +316,7 @@ def main(argv=None):
         fail(f"--out {args.out} lies in --data {args.data}: choose another folder")
 
     train_set, test_set, class_names = read_images(args.data, args.image_size)
+    train_set, test_set = interleave(train_set), interleave(test_set)
     images_id = short_hash(*train_set, *test_set)
     print(f"{args.data}: {len(train_set.x)} + {len(test_set.x)} images, on {device}")
     print(f"{len(class_names)} classes: {', '.join(class_names[:10])}")
@@ -423,6 +424,17 @@ class Examples(NamedTuple):
         return Examples(self.x[which], self.y[which])
 
 
+def interleave(examples):
+    """The same Examples in an order in which the classes alternate: for every n, the
+    first n examples have the classes in the proportions of the whole set."""
+    due = torch.empty(len(examples.y), dtype=torch.float64)
+    for number, count in enumerate(examples.y.bincount()):
+        # Example j of a class with count examples is due after this part of the whole.
+        due[examples.y == number] = (torch.arange(count) + 0.5).double() / count
+    order = due.argsort(stable=True)
+    return Examples(examples.x[order], examples.y[order])
+
+
 LAYOUT = "DATA/train/CLASS/* and DATA/test/CLASS/* (or val), or DATA/CLASS/*"
 
 
@@ -430,7 +442,7 @@ def read_images(data, image_size):
     """All images of a data set: (training Examples, test Examples, class names).
 
     data: "glyphs", "mnist", "fashion_mnist", "cifar10", or a folder laid out as LAYOUT
-    says. Images are uint8 (N, image_size, image_size, 3), in random order.
+    says. Images are uint8 (N, image_size, image_size, 3).
     """
     if data == "glyphs":
         train_set = Examples(*paint_glyphs(20_000, image_size, seed=0))

@@ -2,8 +2,11 @@
 
 import inspect
 import os
-import signal
+import sys
+from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # wherever pytest is called
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests run on the CPU, wherever they run
 
 import numpy as np
@@ -19,18 +22,18 @@ torch.set_num_threads(1)  # tiny tensors: threads only cost time
 torch.backends.mps.is_available = lambda: False  # the same for a Mac
 
 K, M, T, CLASSES = 32, 4, 16, 3  # codes, clusters, tokens of a 4x4 grid, classes
+G = torch.arange(K) % M
+NAMES = ["ant", "bee", "cat"]
 SIZES = ["--layers", "1", "--dim", "16", "--heads", "2"]
+IDS = {"images_id": "the-images", "codebook_id": "the-codebook"}
+IDS["cluster_id"] = "the-clusters"
 
 
 def random_tokenizer():
-    """A small VQVAE of random numbers, always the same."""
+    """A small VQVAE of random numbers, the same every time."""
     torch.manual_seed(0)
     config = tokenizer.VQVAEConfig(image_size=16, channels=16, codebook_size=K)
     return tokenizer.VQVAE(config)
-
-
-IDS = {"codebook_id": tokenizer.short_hash(random_tokenizer().codebook)}
-IDS["cluster_id"] = "the-clusters"
 
 
 @pytest.fixture(autouse=True)
@@ -42,76 +45,79 @@ def quick_pictures(monkeypatch):
     )
 
 
+def pictures(rng, count):
+    """count noisy images (16, 16, 3) of each class; the class is the colour."""
+    classes = torch.arange(CLASSES).repeat(count)
+    images = rng.integers(0, 120, (len(classes), 16, 16, 3), dtype=np.uint8)
+    images[np.arange(len(classes)), :, :, classes] += 100
+    return torch.from_numpy(images), classes
+
+
 @pytest.fixture
 def images(tmp_path):
-    """A folder with train/ and test/ of 3 classes: 12 and 8 noisy 16x16 images each."""
-    rng = np.random.default_rng(0)
+    """A data folder: train/ and test/ of 3 classes, 12 and 8 noisy 16x16 images each."""
     for split, count in (("train", 12), ("test", 8)):
-        for y, name in enumerate(("ant", "bee", "cat")):
-            folder = tmp_path / "images" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 120, (16, 16, 3), dtype=np.uint8)
-                pixels[..., y] += 100  # the class is the colour
-                Image.fromarray(pixels).save(folder / f"{i}.png")
+        pairs = zip(*pictures(np.random.default_rng(count), count))
+        for i, (pixels, y) in enumerate(pairs):
+            folder = tmp_path / "images" / split / NAMES[y]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.numpy()).save(folder / f"{i:02}.png")
     return tmp_path / "images"
 
 
 @pytest.fixture
-def out(tmp_path, images):
-    """A folder with tokenizer.pt, tokens.pt and clusters.pt of random numbers."""
+def out(tmp_path):
+    """A folder with images.pt, tokenizer.pt, tokens.pt and clusters.pt of random numbers:
+    36 training and 24 test images."""
     folder, model = tmp_path / "out", random_tokenizer()
-    classes = ["ant", "bee", "cat"]
-    data = {"name": str(images), "image_size": 16, "classes": classes, "versions": {}}
     folder.mkdir()
+    train, test = (pictures(np.random.default_rng(n), n) for n in (12, 8))
+    facts = IDS | {"class_names": NAMES}
 
     def write(name, **artifact):
-        torch.save(IDS | artifact, folder / name)
+        torch.save(facts | artifact, folder / name)
 
+    write("images.pt", train=train, test=test, data="pets")
     write(
         "tokenizer.pt",
-        script="tokenizer.py",
         model=model.state_dict(),
         config=vars(model.config),
-        data=data,
+        step=7,
         settings={"steps": 7},
+        weights_id="weights-of-vqvae",
     )
     write(
         "tokens.pt",
-        script="tokenizer.py",
-        train_fine=torch.randint(K, (36, T), dtype=torch.int32),
-        test_fine=torch.randint(K, (24, T), dtype=torch.int32),
-        train_labels=tokenizer.load_images(str(images), "train", 16)[0].y,
-        test_labels=tokenizer.load_images(str(images), "test", 16)[0].y,
-        classes=classes,
+        train=(torch.randint(K, (36, T)), train[1]),
+        test=(torch.randint(K, (24, T)), test[1]),
         grid=(4, 4),
         codebook_size=K,
     )
-    write(
-        "clusters.pt",
-        script="cluster.py",
-        code_to_cluster=torch.arange(K) % M,
-        centroids=torch.zeros(M, 8),
-        method="kmeans",
-    )
+    centroids = torch.zeros(M, 8)
+    write("clusters.pt", code_to_cluster=G, centroids=centroids, method="kmeans")
     return folder
 
 
 @pytest.fixture
 def trained(out):
     """out with coarse.pt, baseline.pt and fine.pt of random numbers as well."""
-    facts = IDS | {"step": 7, "seconds": 1.5, "settings": IDS | {"steps": 7}}
+
+    def write(name, model):
+        artifact = IDS | {"step": 7, "seconds": 1.5, "settings": {"steps": 7}}
+        artifact |= {"model": noisy(model).state_dict(), "config": vars(model.config)}
+        torch.save(artifact | {"weights_id": f"weights-of-{name}"}, out / f"{name}.pt")
+
     for name, vocabulary in (("coarse", M), ("baseline", K)):
         config = ar_model.ARConfig(vocabulary, CLASSES, [4, 4], 1, 16, 2)
-        model = noisy(ar_model.ARModel(config))
-        artifact = {"model": model.state_dict(), "config": vars(config)}
-        artifact |= facts | {"script": "ar_model.py"}
-        torch.save(artifact, out / f"{name}.pt")
+        write(name, ar_model.ARModel(config))
     config = aux_model.AuxConfig(M, K, CLASSES, [4, 4], 1, 16, 2)
-    model = noisy(aux_model.AuxModel(config, torch.arange(K) % M))
-    artifact = {"model": model.state_dict(), "config": vars(config)}
-    torch.save(artifact | facts | {"script": "aux_model.py"}, out / "fine.pt")
+    write("fine", aux_model.AuxModel(config, G))
     return out
+
+
+def edit(path, **changes):
+    """Change entries of an artifact."""
+    torch.save(torch.load(path, weights_only=True) | changes, path)
 
 
 def noisy(model):
@@ -144,13 +150,12 @@ def same_weights(a, b):
 
 
 def interrupt_at(monkeypatch, step):
-    """Press Ctrl-C once, during this step of a training loop."""
-    original, pressed = tokenizer.learning_rate, []
+    """Ctrl-C in this step of a training loop."""
+    original = tokenizer.learning_rate
 
     def learning_rate(now, *args):
-        if now == step and not pressed:
-            pressed.append(now)
-            signal.raise_signal(signal.SIGINT)
+        if now == step:
+            raise KeyboardInterrupt
         return original(now, *args)
 
     monkeypatch.setattr(tokenizer, "learning_rate", learning_rate)
@@ -158,21 +163,19 @@ def interrupt_at(monkeypatch, step):
 
 def check_resume(monkeypatch, module, name, command, out, other_out):
     """A run that Ctrl-C stops in step 3, then --resume, ends as an undisturbed run."""
+    command = [*command, "--save-every", "2"]
     module.main([*command, "--out", str(out)])
     with monkeypatch.context() as context:
         interrupt_at(context, 3)
-        with pytest.raises(SystemExit) as exit_info:
+        with pytest.raises(KeyboardInterrupt):
             module.main([*command, "--out", str(other_out)])
-    assert exit_info.value.code == 130
-    checkpoint = torch.load(other_out / name, weights_only=True)
-    assert checkpoint["step"] == 4
+    assert torch.load(other_out / name, weights_only=True)["step"] == 2
     assert not same_weights(out / name, other_out / name)
     module.main([*command, "--out", str(other_out), "--resume"])
     assert same_weights(out / name, other_out / name)
-    history = [
-        torch.load(o / name, weights_only=True)["history"] for o in (out, other_out)
-    ]
-    assert history[0]["loss"] == history[1]["loss"]
+    one, other = (torch.load(o / name, weights_only=True) for o in (out, other_out))
+    assert one["history"]["loss"] == other["history"]["loss"]
+    assert one["weights_id"] == other["weights_id"]
 
 
 def spy(monkeypatch, owner, name):
@@ -205,8 +208,8 @@ def check_schedule(monkeypatch, module, command, path):
     clipped = spy(monkeypatch, torch.nn.utils, "clip_grad_norm_")
     flags = ["--steps", "6", "--lr", "0.02", "--seed", "3", "--save-every", "4"]
     with monkeypatch.context() as context:
-        interrupt_at(context, 2)
-        with pytest.raises(SystemExit):
+        interrupt_at(context, 4)  # the first save is after step 4
+        with pytest.raises(KeyboardInterrupt):
             module.main([*command, *flags, "--batch-size", "5"])
     before = torch.load(path, weights_only=True)
     module.main([*command, *flags, "--batch-size", "5", "--resume"])
