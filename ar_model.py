@@ -14,11 +14,11 @@ minutes, 1.59 nats on the test images. The paper's sizes, as --layers --dim --he
 12 768 12 (B), 24 1024 16 (L), 36 1280 20 (XL).
 
 The example image of tokenizer.py: class 0 and 64 coarse labels, 84, 84, 84, 106, ...
-The input is the class and the first 63 labels, (1 + 63, dim). The output is logits
-(64, V = 128). Row 27 has seen the class and tokens 0 to 26. It gives the right answer,
-cluster 11, a probability of 0.24, which costs -ln 0.24 = 1.44 nats. The loss is the mean
-over all rows. A uniform guess costs ln 128 = 4.85 nats per token. (Bits are nats divided
-by ln 2.)
+The input is the class and the first 63 labels, (1 + 63, dim). The output is logits (64,
+V = 128). Row 27 has seen the class and tokens 0 to 26. It gives the right answer,
+cluster 11, a probability of 0.24, which costs -ln 0.24 = 1.44 nats. The loss is the
+mean over all rows. A uniform guess costs ln 128 = 4.85 nats per token. (Bits are nats
+divided by ln 2.)
 """
 
 import math
@@ -67,8 +67,8 @@ def rotary_table(grid, head_dim, base=10_000):
 
 
 def rotate(x, rotary):
-    """Rotate the pairs (x[i], x[i + head_dim / 2]) of x (..., n, head_dim) by the angles
-    of their position; rotary is (2, n, head_dim / 2), cosines and sines.
+    """Rotate the pairs (x[i], x[i + head_dim / 2]) of x (..., n, head_dim) by the
+    angles of their position; rotary is (2, n, head_dim / 2), cosines and sines.
 
     The dot product of a rotated query and a rotated key depends on the difference of
     their positions only (RoFormer, Su et al. 2021).
@@ -224,9 +224,10 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
     top_k keeps the k largest logits; 0, or V and more, is off. top_p then keeps the
     smallest set of largest logits whose probabilities sum to top_p or more; 1 is off.
-    The probabilities are the softmax of what top_k has kept. The largest logit is always
-    kept. Among equal logits at the edge, any may be kept, but top_p keeps no more than it
-    needs. Some logits may be -inf already. The caller's tensor is not modified.
+    The probabilities are the softmax of what top_k has kept. The largest logit is
+    always kept. Among equal logits at the edge, any may be kept, but top_p keeps no
+    more than it needs. Some logits may be -inf already. The caller's tensor is not
+    modified.
     """
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k).values[..., -1:]
@@ -243,11 +244,12 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 
 def draw(logits, generator):
-    """Sample an index int64 (...,) from softmax(logits) for each row of logits (..., V).
+    """Sample an index int64 (...,) from softmax(logits) for each row of logits (...,
+    V).
 
     By the Gumbel-max trick: add independent Gumbel noise, -ln(-ln u) with u uniform in
-    0..1, to every logit. Then the argmax is index i with probability softmax(logits)[i].
-    5 times as fast as torch.multinomial at V = 4096.
+    0..1, to every logit. Then the argmax is index i with probability
+    softmax(logits)[i]. 5 times as fast as torch.multinomial at V = 4096.
     """
     uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
     uniform = uniform.clamp(1e-20, 1 - 1e-7)  # ln 0 is -inf
@@ -387,8 +389,8 @@ def main(argv=None):
 
 
 def load_ar(out, name, device, **ids):
-    """(ARModel in eval mode on device, the artifact) of coarse.pt or baseline.pt; ids as
-    for tokenizer.load."""
+    """(ARModel in eval mode on device, the artifact) of coarse.pt or baseline.pt; ids
+    as for tokenizer.load."""
     artifact = tokenizer.load(out, name, **ids)
     model = ARModel(ARConfig(**artifact["config"]))
     model.load_state_dict(artifact["model"])

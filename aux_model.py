@@ -2,19 +2,19 @@
 
 p(q_i | c_1 .. c_T, y) for all tokens i in one pass with full attention, trained by
 cross-entropy (arXiv 2503.16194, figure 1c). The paper's softmax is over all K codes.
-Here it is over the codes of the cluster c_i, which contains q_i: the logits of all other
-codes are masked.
+Here it is over the codes of the cluster c_i, which contains q_i: the logits of all
+other codes are masked.
 
     python aux_model.py
 
-Reads tokens.pt and clusters.pt; writes fine.pt and fine.png. The first loss is that of a
-uniform guess within the cluster, the mean of ln(cluster size). On two CPU cores: 72
+Reads tokens.pt and clusters.pt; writes fine.pt and fine.png. The first loss is that of
+a uniform guess within the cluster, the mean of ln(cluster size). On two CPU cores: 72
 seconds; 31% of the fine labels of the test images are predicted correctly. The model
-treats fine labels as conditionally independent given the coarse labels: p(q | c, y) is a
-product over tokens. The bits per token (evaluate.py) show what that costs.
+treats fine labels as conditionally independent given the coarse labels: p(q | c, y) is
+a product over tokens. The bits per token (evaluate.py) show what that costs.
 
-The example image of tokenizer.py: the input is class 0 and its 64 coarse labels, 84, 84,
-84, 106, ... The output is logits (64, S), where S = 100 is the size of the largest
+The example image of tokenizer.py: the input is class 0 and its 64 coarse labels, 84,
+84, 84, 106, ... The output is logits (64, S), where S = 100 is the size of the largest
 cluster. Row 27 has cluster 11, with 83 codes. The model has seen all 64 coarse labels,
 and gives the right answer, code 1181, a probability of 0.18, more than any other. That
 costs 1.72 nats. A uniform guess within the cluster costs ln 83 = 4.42 nats.
@@ -67,10 +67,10 @@ class AuxModel(nn.Module):
     """The Transformer of stage 1 without the causal mask. Coarse labels in; for each
     token, the logits of the codes of its cluster out.
 
-    code_to_cluster int64 (K,) is the map g. Its inverse is a table, members int64
-    (M, S): row m lists the codes of cluster m in ascending order, then -1 up to the size
-    S of the largest cluster. With g = [0, 1, 1, 0, 1, 1], members is
-    [[0, 3, -1, -1], [1, 2, 4, 5]].
+    code_to_cluster int64 (K,) is the map g. Its inverse is a table, members int64 (M,
+    S): row m lists the codes of cluster m in ascending order, then -1 up to the size S
+    of the largest cluster. With g = [0, 1, 1, 0, 1, 1], members is [[0, 3, -1, -1], [1,
+    2, 4, 5]].
     """
 
     def __init__(self, config, code_to_cluster):
@@ -117,8 +117,9 @@ class AuxModel(nn.Module):
     def cluster_logits_on_cpu(self, x, coarse):
         """The same logits as cluster_logits, nine times as fast on a CPU.
 
-        Instead of all n K logits it computes only those of each token's own cluster: one
-        product per cluster, of the features of its tokens with the weights of its codes.
+        Instead of all n K logits it computes only those of each token's own cluster:
+        one product per cluster, of the features of its tokens with the weights of its
+        codes.
         """
         M, S = self.members.shape
         by_cluster = self.members[self.members >= 0]  # (K,): codes of cluster 0, 1, ...
@@ -135,8 +136,8 @@ class AuxModel(nn.Module):
 
 def fine_loss(model, fine, y):
     """Mean cross-entropy in nats of the fine labels (B, T) within their clusters, given
-    the coarse labels and the classes y (B,): a 0-d tensor with a gradient. And the top-1
-    accuracy, a float or a 0-d tensor, without a gradient."""
+    the coarse labels and the classes y (B,): a 0-d tensor with a gradient. And the
+    top-1 accuracy, a float or a 0-d tensor, without a gradient."""
     coarse = model.code_to_cluster[fine]  # (B, T)
     logits = model(coarse, y)  # (B, T, S)
     # The right answer as an index into the logits: where fine stands in its cluster.
@@ -150,9 +151,9 @@ def fine_loss(model, fine, y):
 def predict_fine(model, coarse, y, generator, cfg_scale=1.0, temperature=1.0, top_k=0):
     """All fine labels in one pass: coarse (B, T), classes y (B,) -> fine int64 (B, T).
 
-    A fine label always lies in its coarse cluster. The order: guide (1 is off; any other
-    scale acts, also below 1), divide by the temperature, top-k, sample. top_k 1 is the
-    argmax. All randomness comes from generator.
+    A fine label always lies in its coarse cluster. The order: guide (1 is off; any
+    other scale acts, also below 1), divide by the temperature, top-k, sample. top_k 1
+    is the argmax. All randomness comes from generator.
     """
     if cfg_scale == 1:
         logits = model(coarse, y)  # (B, T, S)

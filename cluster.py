@@ -2,8 +2,8 @@
 
 The observation behind CTF (arXiv 2503.16194, figures 1a and 1b): a large codebook is
 redundant. Replace every token of an image by a random code from the same cluster, and
-the image stays recognisable. With random clusters it does not. So the cluster of a token
-carries most of the information, and can be predicted first.
+the image stays recognisable. With random clusters it does not. So the cluster of a
+token carries most of the information, and can be predicted first.
 
     python cluster.py                                      # k-means, M = 128
     python cluster.py --out out/random --method random     # the paper's control
@@ -13,9 +13,9 @@ and clusters.png (figure 1b), in seconds.
 
 An example with K = 6 and M = 2: code_to_cluster = [0, 1, 1, 0, 1, 0]. The fine label 4
 has the coarse label 1. Stage 1 (ar_model.py) predicts the coarse label 1. Stage 2
-(aux_model.py) then chooses one of the fine labels 1, 2 and 4, given the coarse labels of
-the whole image. In the run that tokenizer.py follows, token 27 of the first test image
-has the fine label 1181 and the coarse label g(1181) = 11, a cluster of 83 codes.
+(aux_model.py) then chooses one of the fine labels 1, 2 and 4, given the coarse labels
+of the whole image. In the run that tokenizer.py follows, token 27 of the first test
+image has the fine label 1181 and the coarse label g(1181) = 11, a cluster of 83 codes.
 """
 
 import numpy as np
@@ -35,10 +35,11 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
     It starts from init, centroids (k, d) that are not modified, or else from k-means++
     seeding. A step assigns each row to its nearest centroid, and then moves every
     centroid to the mean of its rows. A cluster without rows first takes one from a
-    cluster with several, so no cluster is empty after a step. It ends when no assignment
-    changes, or after max_iter steps. Returns the cluster of each row, int64 (n,); the
-    centroids, float64 (k, d); and a list of the inertia after each step, which never
-    rises (up to rounding). Raises ValueError if there are fewer rows than clusters.
+    cluster with several, so no cluster is empty after a step. It ends when no
+    assignment changes, or after max_iter steps. Returns the cluster of each row, int64
+    (n,); the centroids, float64 (k, d); and a list of the inertia after each step,
+    which never rises (up to rounding). Raises ValueError if there are fewer rows than
+    clusters.
     """
     if not 1 <= k <= len(x):
         raise ValueError(f"cannot make {k} clusters of {len(x)} rows")
@@ -135,7 +136,8 @@ def codes_of_clusters(code_to_cluster):
     """The inverse of the map g, which is integers (K,) with values 0 .. M - 1.
 
     Returns by_cluster int64 (K,): the fine labels in cluster 0 in ascending order, then
-    those in cluster 1, and so on; and sizes int64 (M,): the number of codes per cluster.
+    those in cluster 1, and so on; and sizes int64 (M,): the number of codes per
+    cluster.
     """
     return code_to_cluster.argsort(kind="stable"), np.bincount(code_to_cluster)
 

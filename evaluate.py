@@ -7,14 +7,14 @@ alone.
     python evaluate.py                      # judges samples.pt and samples-baseline.pt
     python evaluate.py --out out/cfg3       # those in the sub-folder
 
-Reads what the other scripts wrote; writes metrics.json and metrics.png, and classifier.pt
-(the judge, trained once) beside images.pt. Prints a Markdown table. On two CPU cores: a
-minute, FD 0.37.
+Reads what the other scripts wrote; writes metrics.json and metrics.png, and
+classifier.pt (the judge, trained once) beside images.pt. Prints a Markdown table. On
+two CPU cores: a minute, FD 0.37.
 
 The example image of tokenizer.py: the judge turns (3, 32, 32) pixels into 128 features
-and 10 logits. The logit of class 0 is the largest, so the image counts as accurate. 2,000
-rows of features have a mean (128,) and a covariance (128, 128). The Fréchet distance
-compares them with those of the 5,000 test images.
+and 10 logits. The logit of class 0 is the largest, so the image counts as accurate.
+2,000 rows of features have a mean (128,) and a covariance (128, 128). The Fréchet
+distance compares them with those of the 5,000 test images.
 """
 
 import json
@@ -42,12 +42,13 @@ from tokenizer import fail, psnr, reconstruct, to_float
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) of Gaussians (Heusel et al. 2017).
 
-    Equation 6. mu1, mu2 (F,); covariances sigma1, sigma2 (F, F), singular or not. Returns
-    a float, never nan or complex.
+    Equation 6. mu1, mu2 (F,); covariances sigma1, sigma2 (F, F), singular or not.
+    Returns a float, never nan or complex.
     """
-    # The trace of (S1 S2)^1/2 is the sum of the square roots of the eigenvalues of S1 S2.
-    # S1^1/2 S2 S1^1/2 has the same eigenvalues. It is symmetric, so they stay real even
-    # if S1 or S2 is singular. (The matrix square root of S1 S2 may become complex.)
+    # The trace of (S1 S2)^1/2 is the sum of the square roots of the eigenvalues of S1
+    # S2. S1^1/2 S2 S1^1/2 has the same eigenvalues. It is symmetric, so they stay real
+    # even if S1 or S2 is singular. (The matrix square root of S1 S2 may become
+    # complex.)
     values, vectors = np.linalg.eigh(sigma1)
     root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T  # S1^1/2
     eigenvalues = np.linalg.eigvalsh(root @ sigma2 @ root).clip(min=0)
@@ -61,7 +62,8 @@ def gaussian(features):
 
 
 def inception_score(logits, splits=10):
-    """exp(mean_x KL(p(y|x) || p(y))) (Salimans et al. 2016), 1 to the number of classes.
+    """exp(mean_x KL(p(y|x) || p(y))) (Salimans et al. 2016), 1 to the number of
+    classes.
 
     logits (N, classes), of images in random or balanced order. Returns the mean and the
     standard deviation over splits: ten as in the paper's code, fewer if N is small (a
@@ -80,11 +82,11 @@ def inception_score(logits, splits=10):
 def precision_recall(real, fake, k=3, device="cpu", real_radius=None):
     """Improved precision and recall (Kynkäänniemi et al. 2019).
 
-    real (N, F) and fake (N', F), float64, at least two rows each. The radius of a member
-    of a set is the distance to its k-th nearest neighbour in the set (the farthest, if
-    there are fewer than k others). A point is covered by the set if it lies within the
-    radius of some member. Precision is the share of fake covered by real, recall the
-    share of real covered by fake. Returns two floats. real_radius:
+    real (N, F) and fake (N', F), float64, at least two rows each. The radius of a
+    member of a set is the distance to its k-th nearest neighbour in the set (the
+    farthest, if there are fewer than k others). A point is covered by the set if it
+    lies within the radius of some member. Precision is the share of fake covered by
+    real, recall the share of real covered by fake. Returns two floats. real_radius:
     neighbour_radius(real, k, device), if it is known already.
     """
     if real_radius is None:
@@ -104,8 +106,8 @@ def neighbour_radius(members, k, device):
 
 
 def covered(points, members, radius, device):
-    """The share, a float, of points (N, F) that lie within the squared radius (N',) of at
-    least one of members (N', F).
+    """The share, a float, of points (N, F) that lie within the squared radius (N',) of
+    at least one of members (N', F).
 
     A point exactly on the edge is within. squared_distances may round it outside, by
     about 1e-14 F times the largest squared coordinate, so that much is allowed for.
@@ -118,8 +120,8 @@ def covered(points, members, radius, device):
 
 
 def squared_distances(points, members, device):
-    """Yield the squared distances of points (N, F) to all of members (N', F), a chunk of
-    rows at a time, since all may not fit in memory: float64 (n, N') on device."""
+    """Yield the squared distances of points (N, F) to all of members (N', F), a chunk
+    of rows at a time, since all may not fit in memory: float64 (n, N') on device."""
     centre = members.mean(axis=0)  # products are most accurate near the origin
     points = torch.as_tensor(points - centre, device=device)
     members = torch.as_tensor(members - centre, device=device)
@@ -159,8 +161,8 @@ class Classifier(nn.Module):
 def train_classifier(train_set, num_classes, steps, seed, device, B=128):
     """A Classifier in eval mode, trained on Examples of images, B per step.
 
-    Half of each batch is slightly blurred and half is noisy (a quarter is both). A judge
-    that has only seen sharp images would misjudge soft reconstructions.
+    Half of each batch is slightly blurred and half is noisy (a quarter is both). A
+    judge that has only seen sharp images would misjudge soft reconstructions.
     """
     torch.manual_seed(seed)
     model = tokenizer.to_device(Classifier(num_classes), device)
@@ -184,8 +186,8 @@ def train_classifier(train_set, num_classes, steps, seed, device, B=128):
 
 @torch.no_grad()
 def look(judge, images, device):
-    """Images uint8 (N, H, W, 3) -> the judge's features (N, 128) and logits (N, classes),
-    float64 arrays."""
+    """Images uint8 (N, H, W, 3) -> the judge's features (N, 128) and logits (N,
+    classes), float64 arrays."""
     parts = [judge(to_float(part.to(device))) for part in images.split(250)]
     features, logits = (torch.cat(part).cpu().double().numpy() for part in zip(*parts))
     return features, logits
@@ -196,9 +198,9 @@ def look(judge, images, device):
 
 
 class Real:
-    """The real images that sets of N images are compared with, by their features (N', F):
-    all of them for the Fréchet distance, the first N for precision and recall (recall
-    grows with the number of samples, so both sets must be of the same size)."""
+    """The real images that sets of N images are compared with, by their features (N',
+    F): all of them for the Fréchet distance, the first N for precision and recall
+    (recall grows with the number of samples, so both sets must be of the same size)."""
 
     def __init__(self, features, N, device):
         self.mu, self.sigma = gaussian(features)
@@ -226,7 +228,8 @@ def measure(images, y, judge, real, device):
 
 
 def class_accuracy(logits, y):
-    """The share of images for which the argmax of logits (N, classes) is the class y (N,)."""
+    """The share of images for which the argmax of logits (N, classes) is the class y
+    (N,)."""
     return float((logits.argmax(1) == y.numpy()).mean())
 
 
@@ -234,8 +237,8 @@ def bits_per_token(models, fine, y):
     """The bits per token of real images under a model, one number per stage: [coarse,
     fine given coarse] for CTF, [fine] for the baseline. Their sums can be compared.
 
-    Chain rule: -log p(q) = -log p(c) - sum_i log p(q_i | c). models holds ar, and for CTF
-    aux; fine (N, T), y (N,). mean_loss and mean_fine_loss give nats; bits are nats
+    Chain rule: -log p(q) = -log p(c) - sum_i log p(q_i | c). models holds ar, and for
+    CTF aux; fine (N, T), y (N,). mean_loss and mean_fine_loss give nats; bits are nats
     divided by ln 2. Guidance, temperature and top-k play no role here.
     """
     if "aux" in models:
@@ -306,7 +309,8 @@ def get_judge(path, train_set, num_classes, settings, device):
 
 def sample_sets(out, device):
     """[(samples, models, artifacts)] of each sample file in the folder out itself, with
-    the networks that made it. Fails if there is none, or if the weights have changed."""
+    the networks that made it. Fails if there is none, or if the weights have
+    changed."""
     sets = []
     for name, file in FILES.items():
         if not (out / file).exists():

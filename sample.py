@@ -10,15 +10,16 @@ over the fine labels themselves.
     python sample.py --num-samples 50000 --export    # for the papers' own evaluators
 
 Reads tokenizer.pt, tokens.pt, clusters.pt, coarse.pt and fine.pt (or baseline.pt).
-Writes samples.pt (images uint8 (N, H, W, 3), classes (N,), coarse and fine labels (N, T))
-and samples.png, or samples-baseline.pt and .png. With --anatomy also anatomy.png, with
---export also the folder export/. About 150 images/s on two CPU cores.
+Writes samples.pt (images uint8 (N, H, W, 3), classes (N,), coarse and fine labels (N,
+T)) and samples.png, or samples-baseline.pt and .png. With --anatomy also anatomy.png,
+with --export also the folder export/. About 150 images/s on two CPU cores.
 
-One image from beginning to end: class 0. 64 steps of stage 1, with and without the class
-as a batch of two, sample 64 coarse labels, 23, 103, 103, 106, ..., among them 96 for
-token 27. One step of stage 2 (here with --fine-top-k 0) samples a code from each of these
-clusters, 3753, 1756, 1303, ..., among them 634 for token 27, one of the 21 codes in
-cluster 96. The decoder turns the codes (d = 8, h = 8, w = 8) into pixels (3, 32, 32).
+One image from beginning to end: class 0. 64 steps of stage 1, with and without the
+class as a batch of two, sample 64 coarse labels, 23, 103, 103, 106, ..., among them 96
+for token 27. One step of stage 2 (here with --fine-top-k 0) samples a code from each of
+these clusters, 3753, 1756, 1303, ..., among them 634 for token 27, one of the 21 codes
+in cluster 96. The decoder turns the codes (d = 8, h = 8, w = 8) into pixels (3, 32,
+32).
 """
 
 import math
@@ -103,8 +104,9 @@ def sample_batches(models, y, seed, settings, fine_settings, batch_size=100):
 
 
 def load_models(out, name, device):
-    """The networks of name, "ctf" or "baseline", in eval mode: a ModuleDict of vqvae, ar
-    and, for CTF, aux; and {name: artifact}. Fails if artifacts do not belong together."""
+    """The networks of name, "ctf" or "baseline", in eval mode: a ModuleDict of vqvae,
+    ar and, for CTF, aux; and {name: artifact}. Fails if artifacts do not belong
+    together."""
     models, artifacts = {}, {}
     models["vqvae"], artifacts["vqvae"] = tokenizer.load_tokenizer(out, device)
     ids = {"codebook_id": artifacts["vqvae"]["codebook_id"]}
@@ -172,18 +174,10 @@ def main(argv=None):
         _, real, _ = tokenizer.load_examples(args.out, "images.pt", images_id=images_id)
     class_names = facts["class_names"]
     y = choose_classes(args.classes, args.num_samples, tokens.y, class_names)
-    fine_settings = {
-        "cfg_scale": args.fine_cfg_scale,
-        "temperature": args.fine_temperature,
-        "top_k": args.fine_top_k,
-    }
+    fine_settings = {name: getattr(args, f"fine_{name}") for name in FINE_SETTINGS}
+    same = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
     for scale in args.cfg_scales:
-        settings = {
-            "cfg_scale": scale,
-            "temperature": args.temperature,
-            "top_k": args.top_k,
-            "top_p": args.top_p,
-        }
+        settings = {"cfg_scale": scale, **same}
         images, coarse, fine, speed = sample_batches(
             models, y, args.seed, settings, fine_settings, args.batch_size
         )

@@ -17,14 +17,14 @@ One image followed through all files: the first of the test set, a 0, is (3, 32,
 The encoder halves its height and width twice, to (48, 16, 16) and (96, 8, 8), and ends
 with (d = 8, h = 8, w = 8): one unit vector for each cell of the 8x8 grid. The vector of
 row 3, column 3 is (0.18, 0.48, 0.06, ...). The nearest of the 4096 codes, at a distance
-of 0.13, is (0.26, 0.41, 0.10, ...), with index 1181. So token 27 has the fine label 1181.
-The whole image is 64 fine labels, 1607, 250, 2315, ... The decoder turns their codes into
-an image again, with 28.0 dB. (All numbers of this example are from one run. Another CPU
-rounds differently and ends with other codes.)
+of 0.13, is (0.26, 0.41, 0.10, ...), with index 1181. So token 27 has the fine label
+1181. The whole image is 64 fine labels, 1607, 250, 2315, ... The decoder turns their
+codes into an image again, with 28.0 dB. (All numbers of this example are from one run.
+Another CPU rounds differently and ends with other codes.)
 
 Axis legend of all files: B batch, N images, T tokens, C channels, H W pixels, h w token
-grid, K codes, M clusters, d code dimension, V vocabulary of the model at hand.
-y is the class of an image: what the image shows. A label is always the label of a token.
+grid, K codes, M clusters, d code dimension, V vocabulary of the model at hand. y is the
+class of an image: what the image shows. A label is always the label of a token.
 """
 
 import argparse
@@ -116,7 +116,8 @@ class VQVAE(nn.Module):
         from_codes = nn.Conv2d(d, inner, 3, padding=1)
         self.encoder = nn.Sequential(*downs, nn.SiLU(), to_codes)
         self.decoder = nn.Sequential(from_codes, ResBlock(inner), *reversed(ups))
-        # Buffers, not parameters: the codes get no gradient. update_codebook moves them.
+        # Buffers, not parameters: the codes get no gradient. update_codebook moves
+        # them.
         codes = F.normalize(torch.randn(config.codebook_size, d), dim=1)
         self.register_buffer("codebook", codes)  # E, (K, d)
         # For each code, the exponential moving average (EMA) of the number of vectors
@@ -133,18 +134,20 @@ class VQVAE(nn.Module):
         return F.normalize(self.encoder(x).float(), dim=1)
 
     def quantize(self, z):
-        """Replace every vector by its nearest code, with the straight-through estimator.
+        """Replace every vector by its nearest code, with the straight-through
+        estimator.
 
         z: unit vectors (B, d, h, w). Returns three things: the codes z_q (B, d, h, w),
         whose gradient is passed to z unchanged; the fine labels int64 (B, T), row by
-        row; and the commitment loss, the mean of (z - code)^2 over all B d h w elements,
-        whose gradient reaches z (VQ-VAE, equations 1 to 3). The nearest code is found
-        in float32 even under autocast: bfloat16 is too coarse to tell codes apart.
+        row; and the commitment loss, the mean of (z - code)^2 over all B d h w
+        elements, whose gradient reaches z (VQ-VAE, equations 1 to 3). The nearest code
+        is found in float32 even under autocast: bfloat16 is too coarse to tell codes
+        apart.
         """
         vectors = as_rows(z.detach())  # (B*T, d)
-        # For unit vectors |z - e|^2 = 2 - 2 z.e, so the nearest code has the largest dot
-        # product. The table (B*T, K) is computed in chunks of rows: of 4 MB on a CPU,
-        # which fit in its cache, and larger ones that keep a GPU busy.
+        # For unit vectors |z - e|^2 = 2 - 2 z.e, so the nearest code has the largest
+        # dot product. The table (B*T, K) is computed in chunks of rows: of 4 MB on a
+        # CPU, which fit in its cache, and larger ones that keep a GPU busy.
         chunk = (2**20 if z.device.type == "cpu" else 2**28) // len(self.codebook)
         with torch.autocast(z.device.type, enabled=False):
             nearest = [
@@ -322,13 +325,8 @@ def main(argv=None):
     print(f"{len(class_names)} classes: {', '.join(class_names[:10])}")
 
     torch.manual_seed(args.seed)
-    config = VQVAEConfig(
-        image_size=args.image_size,
-        downsample=args.downsample,
-        channels=args.channels,
-        codebook_size=args.codebook_size,
-        code_dim=args.code_dim,
-    )
+    sizes = args.image_size, args.downsample, args.channels
+    config = VQVAEConfig(*sizes, args.codebook_size, args.code_dim)
     model = to_device(VQVAE(config), device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
     ids = {"images_id": images_id}
@@ -557,7 +555,8 @@ GLYPH_FONTS = (
 
 
 def paint_glyphs(count, image_size, seed):
-    """Digits in bright colours on dark gradients, slightly rotated, slanted and shifted.
+    """Digits in bright colours on dark gradients, slightly rotated, slanted and
+    shifted.
 
     Returns images uint8 (count, H, W, 3) and their digits int64 (count,). Every digit
     occurs equally often. The same seed paints the same images (up to the rounding of
@@ -652,7 +651,7 @@ def plot(path, history, images, reconstructions, K):
 
 
 # --------------------------------------------------------------------------------------
-# Shared by all scripts: the parts of a training step that are not the method
+# Shared by all scripts: training, artifacts, flags, the device
 
 
 def learning_rate(step, steps, peak, warmup=50):
@@ -670,8 +669,8 @@ def set_learning_rate(optimizer, step, args):
 
 
 def clip_gradients(model, step, path):
-    """Clip the norm of the gradient to 1. A gradient that is not finite ends the script
-    before the optimizer spoils the weights."""
+    """Clip the gradient norm to 1. If it is not finite, the script ends before the
+    optimizer spoils the weights."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not norm.isfinite():
         last = f"{path} holds the last save, if there was one"
@@ -679,11 +678,8 @@ def clip_gradients(model, step, path):
 
 
 def record(checkpoint, loss, began, bar, args):
-    """Add a finished step to checkpoint: its number, loss and seconds.
-
-    Returns whether to measure and save now: every --save-every steps, after the last
-    step, and when a copy of --keep is due.
-    """
+    """Add a finished step to checkpoint: its number, loss and seconds. Returns whether
+    to measure and save now: every --save-every steps, at the end, and for --keep."""
     checkpoint["history"]["loss"].append(loss.item())  # .item() waits for the GPU
     checkpoint["seconds"] += time.perf_counter() - began
     checkpoint["step"] += 1
@@ -693,17 +689,16 @@ def record(checkpoint, loss, began, bar, args):
 
 
 def copy_due(step, args):
-    """The number, 1 to --keep, of the copy to keep after this step; 0 if there is none."""
+    """The number, 1 to --keep, of the copy to keep after this step; 0 if there is
+    none."""
     number = step * args.keep // args.steps
     return number if number > (step - 1) * args.keep // args.steps else 0
 
 
 def start_or_resume(path, model, optimizer, args, ids):
-    """The checkpoint from which training starts: a dict with everything but weights.
-
-    With --resume, the weights in path are loaded into model and optimizer. ids say what
-    the model is trained on. Fails if the run in path had other flags or other ids.
-    """
+    """The checkpoint from which training starts, a dict; ids say what it is trained on.
+    --resume loads the weights in path into model and optimizer. It fails if the run in
+    path had other flags or ids."""
     irrelevant = "out", "data", "device", "save_every", "keep", "resume", "compile"
     settings = {k: v for k, v in vars(args).items() if k not in irrelevant} | ids
     checkpoint = {"config": asdict(model.config), "settings": settings, **ids}
@@ -723,10 +718,8 @@ def start_or_resume(path, model, optimizer, args, ids):
 
 
 def save_checkpoint(path, model, optimizer, checkpoint, args, measured):
-    """Save everything that later scripts and --resume need, and a copy if one is due.
-
-    measured: what was measured on test images, {name: number}.
-    """
+    """Save what later scripts and --resume need, and a copy if one is due. measured:
+    {name: number} of test images."""
     step, rows = checkpoint["step"], checkpoint["history"]["test"]
     rows.append({"step": step, "seconds": checkpoint["seconds"], **measured})
     if len(rows) == 1:  # the first save of a new run
@@ -742,20 +735,19 @@ def save_checkpoint(path, model, optimizer, checkpoint, args, measured):
 
 
 def set_aside(path):
-    """Rename a finished run in path, and its kept copies, to NAME.old.pt."""
+    """Rename what an earlier run left to NAME.old.pt: path, if that run was finished,
+    and its kept copies."""
+    earlier = list(path.parent.glob(f"kept-*/{path.name}"))
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        is_finished = saved["step"] == saved["settings"]["steps"]
-    except Exception:  # noqa: BLE001  no file, or an unreadable one
-        return
-    if is_finished:
-        for old in [path, *path.parent.glob(f"kept-*/{path.name}")]:
-            os.replace(old, old.with_suffix(".old.pt"))
-        tqdm.write(f"the finished run in {path} is kept as {path.stem}.old.pt")
+        if saved["step"] == saved["settings"]["steps"]:
+            earlier.append(path)
+            tqdm.write(f"the finished run in {path} is kept as {path.stem}.old.pt")
+    except Exception:  # noqa: BLE001  there is no file, or it is unreadable
+        pass
+    for old in earlier:
+        os.replace(old, old.with_suffix(".old.pt"))
 
-
-# --------------------------------------------------------------------------------------
-# Shared by all scripts: artifacts
 
 WRITTEN_BY = {
     "images.pt": "tokenizer.py",
@@ -769,10 +761,9 @@ WRITTEN_BY = {
 
 
 def find(out, name):
-    """The path of an artifact: in the folder out, or else in the nearest folder above.
-
-    So a variant in out/M512 needs only the artifacts in which it differs from out.
-    """
+    """The path of an artifact: in the folder out, or else in the nearest folder above
+    it. So a variant in out/M512 needs only the artifacts in which it differs from
+    out."""
     for folder in (out, *out.parents):
         if (folder / name).exists():
             if folder != out:
@@ -791,15 +782,13 @@ def load(out, name, **ids):
     try:
         artifact = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001  a damaged file raises a dozen kinds
-        fail(
-            f"{path} is unreadable ({type(error).__name__}): run python {script} again"
-        )
+        kind = type(error).__name__
+        fail(f"{path} is unreadable ({kind}): run python {script} again")
     artifact["path"] = path
     for key, value in ids.items():
-        if artifact.get(key) != value:  # codebook_id: "another codebook"
-            other = (
-                f"another {key.removesuffix('_id')} ({artifact.get(key)}, not {value})"
-            )
+        found, kind = artifact.get(key), key.removesuffix("_id")
+        if found != value:
+            other = f"another {kind} ({found}, not {value})"
             fail(f"{path} belongs to {other}: run python {script} again")
     if "step" in artifact and artifact["step"] < artifact["settings"]["steps"]:
         steps = artifact["settings"]["steps"]
@@ -808,8 +797,8 @@ def load(out, name, **ids):
 
 
 def load_examples(out, name, **ids):
-    """(training Examples, test Examples, the artifact) of images.pt (images uint8 (N, H,
-    W, 3)) or tokens.pt (fine labels int64 (N, T)); ids as for load."""
+    """(training Examples, test Examples, the artifact) of images.pt (images uint8 (N,
+    H, W, 3)) or tokens.pt (fine labels int64 (N, T)); ids as for load."""
     artifact = load(out, name, **ids)
     return Examples(*artifact["train"]), Examples(*artifact["test"]), artifact
 
@@ -823,11 +812,17 @@ def load_tokenizer(out, device):
 
 
 def save(path, **artifact):
-    """Write an artifact. A temporary name first: an interrupted write keeps the old file."""
+    """Write an artifact. A temporary name first: an interrupted write keeps the old
+    file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     torch.save(artifact, temporary)
     os.replace(temporary, path)
+
+
+# Pictures do not depend on the user's matplotlibrc, and $ in a class name is literal.
+matplotlib.rcdefaults()
+matplotlib.rcParams["text.parse_math"] = False
 
 
 def save_figure(path, figure):
@@ -843,26 +838,16 @@ def short_hash(*tensors):
     return content.hexdigest()[:12]
 
 
-# --------------------------------------------------------------------------------------
-# Shared by all scripts: the command line and the device
-
-# Pictures look the same whatever the user's matplotlibrc says, and $ in the name of a
-# class is not mathematics.
-matplotlib.rcdefaults()
-matplotlib.rcParams["text.parse_math"] = False
-
-
 def command_line(doc):
     """An argparse parser with the flags of all scripts; doc: the module's docstring."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
     title = doc.partition("\n")[0]
     parser = argparse.ArgumentParser(description=title, formatter_class=formatter)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="artifact folder")
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("out"), help="folder of artifacts")
+    add("--seed", type=int, default=0, help="random seed")
     devices = ["auto", "cpu", "cuda", "mps"]
-    parser.add_argument(
-        "--device", choices=devices, default="auto", help="where to run"
-    )
+    add("--device", choices=devices, default="auto", help="where to run")
     return parser
 
 
@@ -872,12 +857,8 @@ def add_training_flags(parser, steps, batch_size, lr):
     add("--steps", type=int, default=steps, help="training steps")
     add("--batch-size", type=int, default=batch_size, help="images per step")
     add("--lr", type=float, default=lr, help="peak learning rate")
-    add(
-        "--save-every",
-        type=int,
-        default=200,
-        help="steps between evaluations and saves",
-    )
+    what = "steps between evaluations and saves"
+    add("--save-every", type=int, default=200, help=what)
     add("--keep", type=int, default=0, help="copies to keep along the way, in kept-*/")
     add("--resume", action="store_true", help="continue an interrupted run")
     add("--compile", action="store_true", help="use torch.compile: for long GPU runs")
@@ -892,8 +873,8 @@ def pick_device(name):
 
 
 def to_device(model, device):
-    """model on device, with its convolutions in channels_last order: 3 times as fast on a
-    CPU. (Not on MPS, where that order is young.)"""
+    """model on device, with its convolutions in channels_last order: 3 times as fast on
+    a CPU. (Not on MPS, where that order is young.)"""
     order = torch.preserve_format if device.type == "mps" else torch.channels_last
     return model.to(device, memory_format=order)
 
