@@ -325,7 +325,7 @@ def sample_sets(out, device):
     return sets
 
 
-def describe(samples, models, artifacts, out):
+def describe(samples, models, artifacts):
     """What metrics.json says about a sample file besides its scores."""
     stages = [name for name in ("ar", "aux") if name in models]
     settings, fine_settings = samples["settings"], samples["fine_settings"]
@@ -333,13 +333,11 @@ def describe(samples, models, artifacts, out):
     if name == "CTF":
         name += ", fine argmax" if fine_settings["top_k"] == 1 else ", fine sampled"
     name += f", guidance {settings['cfg_scale']:g}"
-    for stage in stages:
-        if artifacts[stage]["path"].parent != out:
-            name += f" (with {artifacts[stage]['path']})"
     parameters = [p.numel() for stage in stages for p in models[stage].parameters()]
     return {
         "name": name,
         "model": samples["model"],
+        "weights": [str(artifacts[stage]["path"]) for stage in stages],
         "steps": [artifacts[stage]["step"] for stage in stages],
         "train_seconds": sum(artifacts[stage]["seconds"] for stage in stages),
         "parameters": sum(parameters),
@@ -411,7 +409,7 @@ def judge_all(args, device):
             how = samples["fine_settings"]
             alone = stage2_alone(models, fine[:N], y[:N], args.seed, how)
             rows += [row("stage 2 alone (real coarse labels)", alone, test_set.y)]
-        facts = describe(samples, models, artifacts, args.out)
+        facts = describe(samples, models, artifacts)
         bits = bits_per_token(models, fine, y)
         facts |= {"bits_per_token": sum(bits), "bits_per_stage": bits}
         warn_of_shares(facts["name"], samples["classes"], test_set.y, class_names)
@@ -459,7 +457,7 @@ def caption(protocol):
 def markdown_table(rows):
     """The rows of metrics.json as a Markdown table, a line for each set of images."""
     head = "images | FD | IS | class accuracy | precision | recall | bits per token"
-    head += " | parameters | steps | training s | images/s"
+    head += " | parameters | training s | images/s | weights (steps)"
     lines = [f"| {head} |", "|---" * 11 + "|"]
     for row in rows:
         cells = [row["name"], f"{row['fd']:.2f}", f"{row['inception_score']:.2f}"]
@@ -468,8 +466,9 @@ def markdown_table(rows):
         if "model" in row:
             bits = [f"{value:.2f}" for value in row["bits_per_stage"]]
             cells += [" + ".join(bits), f"{row['parameters'] / 1e6:.2f}M"]
-            cells += [" + ".join(str(steps) for steps in row["steps"])]
             cells += [f"{row['train_seconds']:.0f}", f"{row['images_per_second']:.0f}"]
+            pairs = zip(row["weights"], row["steps"])
+            cells += [" + ".join(f"{path} ({steps})" for path, steps in pairs)]
         else:
             cells += [""] * 5
         lines.append(f"| {' | '.join(cells)} |")
@@ -494,6 +493,7 @@ def plot_metrics(path, metrics):
     colors = [color_of(name) for name in names]
     bars = distance.barh(names, [row["fd"] for row in rows], color=colors, log=True)
     distance.bar_label(bars, fmt="{:.2f}", padding=3)
+    distance.xaxis.set_major_formatter("{x:g}")
     distance.set_xlabel("Fréchet distance (log scale): lower is better")
     percent = [100 * row["class_accuracy"] for row in rows]
     bars = accuracy.barh(names, percent, color=colors)

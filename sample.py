@@ -331,18 +331,18 @@ def plot_anatomy(path, title, models, pairs, y, rng):
     figure = Figure(figsize=(13, 9.6), layout="constrained")
     figure.suptitle(f"{title}: {' and '.join(pairs)}")
     grid = figure.subplots(4, 6)
+    for ax in grid.flat:
+        ax.set(xticks=[], yticks=[], frame_on=False)
     for panels, (name, (image, fine)) in zip((grid[:2], grid[2:]), pairs.items()):
         pictures = anatomy(models, image, fine.to(device), y.to(device), rng)
-        for ax in panels.flat:
-            ax.set(xticks=[], yticks=[], frame_on=False)
-        for ax, (panel_title, picture) in zip(panels.flat, pictures.items()):
+        axes = list(panels.flat)
+        bar = axes.pop(5).inset_axes([0.1, 0, 0.1, 1])  # beside the entropies
+        for ax, (panel_title, picture) in zip(axes, pictures.items()):
             shown = ax.imshow(picture, vmin=0, vmax=most_bits)
             ax.set_title(panel_title)
             if picture.ndim == 2:
-                entropies = shown
-        panels[0, 0].set_title(name)
-        bar = panels[1, 5].inset_axes([0.1, 0, 0.1, 1])
-        figure.colorbar(entropies, cax=bar, label="entropy, bits")
+                figure.colorbar(shown, cax=bar, label="entropy, bits")
+        axes[0].set_title(name)
     tokenizer.save_figure(path, figure)
 
 

@@ -321,8 +321,9 @@ def main(argv=None):
     train_set, test_set, class_names = read_images(args.data, args.image_size)
     train_set, test_set = interleave(train_set), interleave(test_set)
     images_id = short_hash(*train_set, *test_set)
-    print(f"{args.data}: {len(train_set.x)} + {len(test_set.x)} images, on {device}")
-    print(f"{len(class_names)} classes: {', '.join(class_names[:10])}")
+    counts = f"{len(train_set.x)} + {len(test_set.x)} images"
+    names = ", ".join(class_names[:10])
+    print(f"{args.data}: {counts}, {len(class_names)} classes ({names}), on {device}")
 
     torch.manual_seed(args.seed)
     sizes = args.image_size, args.downsample, args.channels
@@ -638,6 +639,7 @@ def plot(path, history, images, reconstructions, K):
     steps = [row["step"] for row in measured]
     loss, quality, codes = curves.subplots(1, 3)
     loss.semilogy(range(1, len(history["loss"]) + 1), history["loss"])
+    loss.yaxis.set_major_formatter("{x:g}")
     loss.set(title="training loss", ylabel="squared error + 0.25 commitment")
     quality.plot(steps, [row["psnr"] for row in measured], marker=".")
     quality.set(title="reconstruction of test images", ylabel="PSNR, dB")

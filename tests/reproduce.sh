@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# The commands of every table in .github/RESULTS.md, one function per table.
+#
+#     bash tests/reproduce.sh NAME ...     # for example: random, or table1 convergence
+#
+# They run in $OUT (default: out) and its sub-folders, and need what the main command of
+# the README left in $OUT. A command that has finished is skipped, so this script can be
+# stopped and called again: a training then continues from its last save.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-out}
+CIFAR=${CIFAR:-cifar10} # or a folder of class folders with the same photographs
+
+# Run a command, unless it has finished before.
+once() {
+    local mark="$OUT/done/$(tr -c 'a-zA-Z0-9.\n' '_' <<<"$*")"
+    [ -e "$mark" ] && return
+    echo "+ $*"
+    mkdir -p "$OUT/done"
+    if [ -e "$mark.begun" ]; then
+        "$@" --resume 2>/dev/null || "$@"
+    else
+        touch "$mark.begun"
+        "$@"
+    fi
+    mv "$mark.begun" "$mark"
+}
+
+# The best of three learning rates for each model at its default length, seed 0. The
+# defaults of ar_model.py and aux_model.py are these.
+learning_rates() {
+    for lr in 1e-3 2e-3 4e-3; do
+        once python ar_model.py --out $OUT/lr$lr --lr $lr
+        once python ar_model.py --out $OUT/lr$lr --lr $lr --labels fine
+        once python aux_model.py --out $OUT/lr$lr --lr $lr
+    done
+    python tests/results.py loss $OUT/lr*/coarse.pt $OUT/lr*/baseline.pt $OUT/lr*/fine.pt
+}
+
+# Guidance and temperature of each model on seed 0. The sampling seed is 1, so that what
+# is chosen here is reported on other samples.
+sampling() {
+    for T in 0.8 0.9 1; do
+        flags="--temperature $T --seed 1 --cfg-scales 1 1.5 2 3 4"
+        mkdir -p $OUT/search/sampled-T$T $OUT/search/argmax-T$T
+        once python sample.py --out $OUT/search/sampled-T$T --fine-top-k 0 $flags
+        once python sample.py --out $OUT/search/argmax-T$T $flags
+        once python sample.py --out $OUT/search/sampled-T$T --model baseline $flags
+    done
+    once python sample.py --num-samples 5000
+    once python evaluate.py # trains the judge
+    python tests/results.py best $OUT/search
+}
+
+# Table 1: CTF against its baseline at equal steps, three training seeds, each model at
+# its own settings. 5,000 images per row.
+table1() {
+    for seed in 0 1 2; do
+        out=$OUT/seed$seed
+        once python ar_model.py --out $out --seed $seed --keep 10
+        once python aux_model.py --out $out --seed $seed --keep 10
+        once python ar_model.py --out $out --seed $seed --labels fine --keep 10
+        judge_three_ways $out
+    done
+    for way in paper tuned argmax; do
+        python tests/results.py mean $OUT/seed{0,1,2}/$way
+    done
+}
+
+# Sample the models in a folder in three ways: both at temperature 1 with sampled fine
+# labels, as the paper; both at their best guidance and temperature; CTF with the argmax.
+judge_three_ways() {
+    N=5000
+    once python sample.py --out $1/paper --num-samples $N --fine-top-k 0 --cfg-scales 2
+    once python sample.py --out $1/paper --num-samples $N --model baseline --cfg-scales 2
+    once python sample.py --out $1/tuned --num-samples $N --fine-top-k 0 --cfg-scales 2 --temperature 0.9
+    once python sample.py --out $1/tuned --num-samples $N --model baseline --cfg-scales 2 --temperature 0.9
+    once python sample.py --out $1/argmax --num-samples $N --cfg-scales 2
+    for way in paper tuned argmax; do
+        once python evaluate.py --out $1/$way
+    done
+}
+
+# Figure 2: the ten copies of seed 0 that table1 keeps.
+convergence() {
+    for copy in $OUT/seed0/kept-*; do
+        once python sample.py --out $copy --fine-top-k 0 --cfg-scales 2
+        once python sample.py --out $copy --model baseline --cfg-scales 2
+        once python evaluate.py --out $copy
+    done
+    python tests/results.py convergence $OUT/seed0
+}
+
+# The control of figure 1b, trained: random clusters.
+random() {
+    once python cluster.py --out $OUT/random --method random
+    once python ar_model.py --out $OUT/random
+    once python aux_model.py --out $OUT/random
+    once python sample.py --out $OUT/random --fine-top-k 0
+    once python evaluate.py --out $OUT/random
+    python tests/results.py rows $OUT/random
+}
+
+for name in "$@"; do
+    $name
+done
