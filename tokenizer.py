@@ -294,8 +294,8 @@ def parse_args(argv):
     """The flags in argv."""
     parser, default = command_line(__doc__), VQVAEConfig()
     add = parser.add_argument
-    names = "glyphs, mnist, fashion_mnist, cifar10, or a folder"
-    add("--data", default="glyphs", help=names)
+    what = f"{', '.join(DATA_SETS)}, or a folder"
+    add("--data", default="glyphs", help=what)
     add("--image-size", type=int, default=default.image_size, help="pixels")
     what = "pixels per token, along each side"
     add("--downsample", type=int, choices=[2, 4, 8, 16], default=4, help=what)
@@ -315,7 +315,8 @@ def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     path = args.out / "tokenizer.pt"
-    if Path(args.data).resolve() in args.out.resolve().parents:
+    out, is_folder = args.out.resolve(), args.data not in DATA_SETS
+    if is_folder and Path(args.data).resolve() in (out, *out.parents):
         fail(f"--out {args.out} lies in --data {args.data}: choose another folder")
 
     train_set, test_set, class_names = read_images(args.data, args.image_size)
@@ -383,11 +384,10 @@ def main(argv=None):
     quality = psnr(test_set.x, reconstructions)
     share = len(test_fine.unique()) / args.codebook_size
     print(f"test images: {quality:.2f} dB, {share:.1%} of the codes occur in them")
-    picture = path.with_suffix(".png")
-    plot(
-        picture, checkpoint["history"], test_set.x, reconstructions, len(model.codebook)
-    )
-    print(f"wrote images.pt, tokenizer.pt, tokens.pt and {picture.name} to {args.out}")
+    images, history = test_set.x, checkpoint["history"]
+    picture = args.out / "tokenizer.png"
+    plot(picture, history, images, reconstructions, args.codebook_size)
+    print(f"wrote images.pt, tokenizer.pt, tokens.pt and tokenizer.png to {args.out}")
     print(f"{checkpoint['seconds']:.0f} s of training")
 
 
@@ -434,22 +434,23 @@ def interleave(examples):
     return Examples(examples.x[order], examples.y[order])
 
 
+DATA_SETS = "glyphs", "mnist", "fashion_mnist", "cifar10"
 LAYOUT = "DATA/train/CLASS/* and DATA/test/CLASS/* (or val), or DATA/CLASS/*"
 
 
 def read_images(data, image_size):
     """All images of a data set: (training Examples, test Examples, class names).
 
-    data: "glyphs", "mnist", "fashion_mnist", "cifar10", or a folder laid out as LAYOUT
-    says. Images are uint8 (N, image_size, image_size, 3).
+    data: one of DATA_SETS, or a folder laid out as LAYOUT says. Images are uint8
+    (N, image_size, image_size, 3).
     """
     if data == "glyphs":
         train_set = Examples(*paint_glyphs(20_000, image_size, seed=0))
         test_set = Examples(*paint_glyphs(5_000, image_size, seed=1))
         return train_set, test_set, list("0123456789")
-    names = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
-    if data not in names:
+    if data not in DATA_SETS:
         return read_folder(Path(data), image_size)
+    names = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
     if image_size != 32:
         fail(f"--image-size {image_size}: the images of {data} have 32 pixels")
     sets = []
@@ -739,14 +740,15 @@ def save_checkpoint(path, model, optimizer, checkpoint, args, measured):
 def set_aside(path):
     """Rename what an earlier run left to NAME.old.pt: path, if that run was finished,
     and its kept copies."""
-    earlier = list(path.parent.glob(f"kept-*/{path.name}"))
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["step"] == saved["settings"]["steps"]:
-            earlier.append(path)
-            tqdm.write(f"the finished run in {path} is kept as {path.stem}.old.pt")
+        is_finished = saved["step"] == saved["settings"]["steps"]
     except Exception:  # noqa: BLE001  there is no file, or it is unreadable
-        pass
+        is_finished = False
+    earlier = list(path.parent.glob(f"kept-*/{path.name}"))
+    if is_finished:
+        earlier.append(path)
+        tqdm.write(f"the finished run in {path} is kept as {path.stem}.old.pt")
     for old in earlier:
         os.replace(old, old.with_suffix(".old.pt"))
 
