@@ -34,8 +34,7 @@ from tqdm import tqdm
 import tokenizer
 from cluster import to_coarse
 
-# --------------------------------------------------------------------------------------
-# The model
+# ---------------------------------------------------------------------------- The model
 
 
 @dataclass
@@ -205,8 +204,7 @@ def next_token_loss(model, tokens, y):
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
-# --------------------------------------------------------------------------------------
-# Generation
+# --------------------------------------------------------------------------- Generation
 
 
 def guide(cond, uncond, scale):
@@ -284,8 +282,7 @@ def generate(model, y, generator, cfg_scale=1.0, temperature=1.0, top_k=0, top_p
     return torch.stack(tokens, dim=1)
 
 
-# --------------------------------------------------------------------------------------
-# Training
+# ----------------------------------------------------------------------------- Training
 
 
 def drop_classes(y, num_classes, rng):

@@ -44,8 +44,7 @@ from ar_model import (
     rotary_table,
 )
 
-# --------------------------------------------------------------------------------------
-# The model
+# ---------------------------------------------------------------------------- The model
 
 # The logit of a code outside the cluster: its probability is exactly 0, as with -inf.
 # But guidance subtracts logits, and -inf - -inf is nan.
@@ -169,8 +168,7 @@ def predict_fine(model, coarse, y, generator, cfg_scale=1.0, temperature=1.0, to
     return model.members[coarse].gather(-1, index[..., None])[..., 0]
 
 
-# --------------------------------------------------------------------------------------
-# Training
+# ----------------------------------------------------------------------------- Training
 
 
 @torch.no_grad()

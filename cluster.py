@@ -24,8 +24,7 @@ import torch
 import tokenizer
 from tokenizer import Examples, Figure, reconstruct
 
-# --------------------------------------------------------------------------------------
-# k-means
+# ------------------------------------------------------------------------------ k-means
 
 
 def kmeans(x, k, seed=0, init=None, max_iter=300):
@@ -120,8 +119,7 @@ def cluster_means(x, assignment, sizes):
     return np.stack(sums, axis=1) / sizes[:, None]
 
 
-# --------------------------------------------------------------------------------------
-# The map g, and its inverse
+# ----------------------------------------------------------- The map g, and its inverse
 
 
 def to_coarse(examples, code_to_cluster):
@@ -142,8 +140,7 @@ def codes_of_clusters(code_to_cluster):
     return code_to_cluster.argsort(kind="stable"), np.bincount(code_to_cluster)
 
 
-# --------------------------------------------------------------------------------------
-# Figure 1b: how much of an image do its coarse labels determine?
+# ---------------------- Figure 1b: how much of an image do its coarse labels determine?
 
 
 def swap_within_clusters(tokens, code_to_cluster, rng):
@@ -165,8 +162,7 @@ def random_clusters(code_to_cluster, rng):
     return rng.permutation(code_to_cluster)
 
 
-# --------------------------------------------------------------------------------------
-# The script
+# --------------------------------------------------------------------------- The script
 
 
 def main(argv=None):
@@ -220,8 +216,7 @@ def main(argv=None):
     print(f"wrote clusters.pt and clusters.png to {args.out}")
 
 
-# --------------------------------------------------------------------------------------
-# The picture
+# -------------------------------------------------------------------------- The picture
 
 
 def swapped_images(model, images, fine, code_to_cluster, rng):

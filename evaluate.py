@@ -32,11 +32,10 @@ import tokenizer
 from ar_model import mean_loss
 from aux_model import mean_fine_loss, predict_fine
 from cluster import random_clusters, swap_within_clusters
-from sample import FILES, load_models, weights_of
+from sample import FILES, load_models, name_of, weights_of
 from tokenizer import fail, psnr, reconstruct, to_float
 
-# --------------------------------------------------------------------------------------
-# The metrics: pure functions of arrays, in float64
+# ------------------------------------ The metrics: pure functions of arrays, in float64
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -132,8 +131,7 @@ def squared_distances(points, members, device):
         yield table.clamp(min=0)
 
 
-# --------------------------------------------------------------------------------------
-# The networks that look at images
+# ----------------------------------------------------- The networks that look at images
 
 
 class Classifier(nn.Module):
@@ -193,8 +191,7 @@ def look(judge, images, device):
     return features, logits
 
 
-# --------------------------------------------------------------------------------------
-# One set of images measured
+# ----------------------------------------------------------- One set of images measured
 
 
 class Real:
@@ -250,8 +247,7 @@ def bits_per_token(models, fine, y):
     return [value / math.log(2) for value in nats]
 
 
-# --------------------------------------------------------------------------------------
-# The controls
+# ------------------------------------------------------------------------- The controls
 
 
 def swaps(vqvae, fine, clusters, seed):
@@ -283,8 +279,7 @@ def stage2_alone(models, fine, y, seed, fine_settings):
     return reconstruct(models["vqvae"], torch.cat(predicted)).cpu()
 
 
-# --------------------------------------------------------------------------------------
-# The script
+# --------------------------------------------------------------------------- The script
 
 
 def get_judge(path, train_set, num_classes, settings, device):
@@ -328,14 +323,9 @@ def sample_sets(out, device):
 def describe(samples, models, artifacts):
     """What metrics.json says about a sample file besides its scores."""
     stages = [name for name in ("ar", "aux") if name in models]
-    settings, fine_settings = samples["settings"], samples["fine_settings"]
-    name = {"ctf": "CTF", "baseline": "baseline"}[samples["model"]]
-    if name == "CTF":
-        name += ", fine argmax" if fine_settings["top_k"] == 1 else ", fine sampled"
-    name += f", guidance {settings['cfg_scale']:g}"
     parameters = [p.numel() for stage in stages for p in models[stage].parameters()]
     return {
-        "name": name,
+        "name": name_of(samples),
         "model": samples["model"],
         "weights": [str(artifacts[stage]["path"]) for stage in stages],
         "steps": [artifacts[stage]["step"] for stage in stages],
@@ -343,8 +333,8 @@ def describe(samples, models, artifacts):
         "parameters": sum(parameters),
         "images_per_second": samples["images_per_second"],
         "seed": samples["seed"],
-        "fine_settings": fine_settings,
-        **settings,
+        "fine_settings": samples["fine_settings"],
+        **samples["settings"],
     }
 
 
@@ -435,17 +425,15 @@ def main(argv=None):
     metrics = judge_all(args, tokenizer.pick_device(args.device))
     path = args.out / "metrics.json"
     path.write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
-    print("\n" + markdown_table(metrics["rows"]))
-    protocol = metrics["protocol"]
-    print(f"\n{caption(protocol)}. The judge is right on", end=" ")
-    print(f"{protocol['judge_accuracy']:.2%} of the test images.", end=" ")
-    print(f"Reconstructions: {protocol['psnr']:.2f} dB.")
+    print(f"\n{markdown_table(metrics['rows'])}\n\n{caption(metrics['protocol'])}.")
+    accuracy, quality = (metrics["protocol"][k] for k in ("judge_accuracy", "psnr"))
+    print(f"The judge is right on {accuracy:.2%} of the test images.")
+    print(f"Reconstructions of all test images: {quality:.2f} dB.")
     plot_metrics(args.out / "metrics.png", metrics)
     print(f"wrote metrics.json and metrics.png to {args.out}")
 
 
-# --------------------------------------------------------------------------------------
-# The table and the picture
+# ------------------------------------------------------------ The table and the picture
 
 
 def caption(protocol):

@@ -45,8 +45,7 @@ FILES = {"ctf": "samples.pt", "baseline": "samples-baseline.pt"}
 SETTINGS = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 FINE_SETTINGS = {"cfg_scale": 1.0, "temperature": 1.0, "top_k": 1}
 
-# --------------------------------------------------------------------------------------
-# From classes to pixels
+# --------------------------------------------------------------- From classes to pixels
 
 
 @torch.no_grad()
@@ -99,8 +98,7 @@ def sample_batches(models, y, seed, settings, fine_settings, batch_size=100):
     return torch.cat(images), coarse, torch.cat(fine), speed
 
 
-# --------------------------------------------------------------------------------------
-# The script
+# --------------------------------------------------------------------------- The script
 
 
 def load_models(out, name, device):
@@ -123,6 +121,22 @@ def load_models(out, name, device):
 def weights_of(artifacts):
     """{network: weights_id}, by which evaluate.py recognises the weights of samples."""
     return {name: artifact["weights_id"] for name, artifact in artifacts.items()}
+
+
+def name_of(samples):
+    """How a sample file was made, in words: "CTF, argmax fine labels, guidance 2", and
+    the other settings that differ from the defaults."""
+    settings, fine = samples["settings"], samples["fine_settings"]
+    changed = {key: v for key, v in settings.items() if v != SETTINGS[key]}
+    name = "baseline"
+    if samples["model"] == "ctf":
+        how = "argmax" if fine["top_k"] == 1 else "sampled"
+        name = f"CTF, {how} fine labels"
+        usual = FINE_SETTINGS | {"top_k": min(fine["top_k"], 1)}
+        changed |= {f"fine {key}": v for key, v in fine.items() if v != usual[key]}
+    name += f", guidance {settings['cfg_scale']:g}"
+    changed.pop("cfg_scale", None)
+    return name + "".join(f", {key} {value:g}" for key, value in changed.items())
 
 
 def parse_args(argv):
@@ -184,25 +198,25 @@ def main(argv=None):
         several = len(args.cfg_scales) > 1
         out = args.out / f"cfg{scale:g}" if several else args.out
         path = out / FILES[args.model]
-        tokenizer.save(
-            path,
-            model=args.model,
-            images=images,
-            classes=y,
-            coarse=coarse,
-            fine=fine,
-            settings=settings,
-            fine_settings=fine_settings,
-            seed=args.seed,
-            batch_size=args.batch_size,
-            images_per_second=speed,
-            weights=weights_of(artifacts),
-        )
+        samples = {
+            "model": args.model,
+            "images": images,
+            "classes": y,
+            "coarse": coarse,
+            "fine": fine,
+            "settings": settings,
+            "fine_settings": fine_settings,
+            "seed": args.seed,
+            "batch_size": args.batch_size,
+            "images_per_second": speed,
+            "weights": weights_of(artifacts),
+        }
+        tokenizer.save(path, **samples)
         print(f"wrote {path}: {speed:.0f} images/s")
         if args.export:
             export(out / "export" / path.stem, images)
             export(out / "export" / "real", real.x)
-        title = f"{args.model} samples, guidance {scale:g}, seed {args.seed}"
+        title = f"{name_of(samples)}, seed {args.seed}"
         plot_samples(path.with_suffix(".png"), title, images, y, class_names)
         if args.anatomy:
             i = (real.y == y[0]).nonzero()[0, 0]  # a test image of the same class
@@ -241,8 +255,7 @@ def export(folder, images):
         Image.fromarray(image).save(folder / f"{i:06d}.png")
 
 
-# --------------------------------------------------------------------------------------
-# Pictures
+# ----------------------------------------------------------------------------- Pictures
 
 
 def plot_samples(path, title, images, y, class_names):

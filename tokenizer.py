@@ -52,8 +52,7 @@ from torch import nn
 from torchvision.transforms import CenterCrop, Compose, Resize
 from tqdm import tqdm
 
-# --------------------------------------------------------------------------------------
-# The model
+# ---------------------------------------------------------------------------- The model
 
 
 @dataclass
@@ -250,8 +249,7 @@ def as_rows(z):
     return z.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-# --------------------------------------------------------------------------------------
-# Tokens and pixels
+# -------------------------------------------------------------------- Tokens and pixels
 
 
 def to_float(images):
@@ -286,8 +284,7 @@ def psnr(images, others):
     return (10 * (255**2 / error).log10()).mean().item()
 
 
-# --------------------------------------------------------------------------------------
-# The script
+# --------------------------------------------------------------------------- The script
 
 
 def parse_args(argv):
@@ -402,8 +399,7 @@ def measure(model, images, quantized):
     return {"psnr": quality, "usage": used, "perplexity": perplexity}
 
 
-# --------------------------------------------------------------------------------------
-# Images
+# ------------------------------------------------------------------------------- Images
 
 
 class Examples(NamedTuple):
@@ -619,8 +615,7 @@ def glyph_masters(size):
     return masters
 
 
-# --------------------------------------------------------------------------------------
-# The picture
+# -------------------------------------------------------------------------- The picture
 
 
 def plot(path, history, images, reconstructions, K):
@@ -653,8 +648,7 @@ def plot(path, history, images, reconstructions, K):
     save_figure(path, figure)
 
 
-# --------------------------------------------------------------------------------------
-# Shared by all scripts: training, artifacts, flags, the device
+# ------------------------ Shared by all scripts: training, artifacts, flags, the device
 
 
 def learning_rate(step, steps, peak, warmup=50):

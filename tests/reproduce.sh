@@ -101,6 +101,48 @@ random() {
     python tests/results.py rows $OUT/random
 }
 
+# Table 3 (a): clusters M, with stage 1 trained for each. (c) is in the table of sampling.
+table3a() {
+    for M in 32 512 1024; do
+        once python cluster.py --out $OUT/M$M --clusters $M
+        once python ar_model.py --out $OUT/M$M
+        once python aux_model.py --out $OUT/M$M
+        once python sample.py --out $OUT/M$M --fine-top-k 0
+        once python evaluate.py --out $OUT/M$M
+    done
+    python tests/results.py rows $OUT/M{32,512,1024}
+}
+
+# Table 3 (b): layers of stage 2. Stage 1 is that of $OUT.
+table3b() {
+    for layers in 1 4; do
+        once python aux_model.py --out $OUT/layers$layers --layers $layers
+        once python sample.py --out $OUT/layers$layers --fine-top-k 0
+        once python evaluate.py --out $OUT/layers$layers
+    done
+    python tests/results.py rows $OUT/layers{1,4}
+}
+
+# Table 3 (d), (e), (f): top-k of stage 2, temperature of stage 1, of stage 2.
+table3def() {
+    for k in 1 8 32 0; do
+        once python sample.py --out $OUT/topk$k --fine-top-k $k
+        once python evaluate.py --out $OUT/topk$k
+    done
+    for T in 0.9 1.1; do
+        once python sample.py --out $OUT/T$T --fine-top-k 0 --temperature $T
+        once python evaluate.py --out $OUT/T$T
+        once python sample.py --out $OUT/fineT$T --fine-top-k 0 --fine-temperature $T
+        once python evaluate.py --out $OUT/fineT$T
+    done
+    python tests/results.py rows $OUT/topk{1,8,32,0} $OUT/T{0.9,1.1} $OUT/fineT{0.9,1.1}
+}
+
+# Table 2: speed with random weights, at the default size.
+speed() {
+    python tests/benchmark.py --batch-sizes 64
+}
+
 for name in "$@"; do
     $name
 done

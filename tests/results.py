@@ -46,15 +46,6 @@ def loss(paths):
     return table(["file", "lr", "steps", "nats", "bits", "seconds"], rows)
 
 
-def settings_of(samples):
-    """How a sample file was sampled, in words."""
-    settings, fine = samples["settings"], samples["fine_settings"]
-    text = f"guidance {settings['cfg_scale']:g}, T {settings['temperature']:g}"
-    if samples["model"] == "ctf":
-        text += ", argmax" if fine["top_k"] == 1 else ", sampled"
-    return text
-
-
 def best(folders):
     """The FD of all sample files below folders, the lowest of each model first. To
     choose settings: it is much faster than evaluate.py, which measures everything."""
@@ -76,13 +67,10 @@ def best(folders):
         gaussian = evaluate.gaussian(features)
         distance = evaluate.frechet_distance(real.mu, real.sigma, *gaussian)
         accuracy = evaluate.class_accuracy(logits, samples["classes"])
-        name = settings_of(samples)
-        rows.append(
-            (samples["model"], name.rpartition(", ")[2], distance, accuracy, name)
-        )
-    rows = sorted(rows, key=lambda row: (row[0], row[1] == "argmax", row[2]))
-    cells = [[row[0], row[4], f"{row[2]:.2f}", f"{row[3]:.1%}"] for row in rows]
-    return table(["model", "settings", "FD", "class accuracy"], cells)
+        rows.append((sample.name_of(samples), distance, accuracy))
+    rows.sort(key=lambda row: (row[0].partition("guidance")[0], row[1]))
+    cells = [[name, f"{fd:.2f}", f"{accuracy:.1%}"] for name, fd, accuracy in rows]
+    return table(["images", "FD", "class accuracy"], cells)
 
 
 def read(folders):
