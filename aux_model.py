@@ -30,19 +30,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+import ar_model
 import tokenizer
-from ar_model import (
-    Block,
-    adamw,
-    draw,
-    drop_classes,
-    filter_logits,
-    guide,
-    init_weights,
-    parse_args,
-    plot_curves,
-    rotary_table,
-)
+from ar_model import Block, draw, drop_classes, filter_logits, guide, rotary_table
 
 # ---------------------------------------------------------------------------- The model
 
@@ -85,7 +75,7 @@ class AuxModel(nn.Module):
         self.head = nn.Linear(dim, config.codebook_size, bias=False)
         rotary = rotary_table(config.grid, dim // config.heads)
         self.register_buffer("rotary", rotary, persistent=False)
-        init_weights(self)
+        ar_model.init_weights(self)
         rows = [(code_to_cluster == m).nonzero()[:, 0] for m in range(config.clusters)]
         members = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
         self.register_buffer("members", members, persistent=False)
@@ -203,7 +193,7 @@ def guessing(code_to_cluster, fine, test_fine):
 def main(argv=None):
     parser = tokenizer.command_line(__doc__)
     tokenizer.add_training_flags(parser, steps=1000, batch_size=32, lr=3e-3)
-    args = parse_args(parser, AuxConfig, argv)
+    args = ar_model.parse_args(parser, AuxConfig, argv)
     device = tokenizer.pick_device(args.device)
     path = args.out / "fine.pt"
 
@@ -219,7 +209,7 @@ def main(argv=None):
     num_classes, grid = len(artifact["class_names"]), list(artifact["grid"])
     config = AuxConfig(M, K, num_classes, grid, args.layers, args.dim, args.heads)
     model = AuxModel(config, g).to(device)
-    optimizer = adamw(model)
+    optimizer = ar_model.adamw(model)
     checkpoint = tokenizer.start_or_resume(path, model, optimizer, args, ids)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, {M} coarse to {K} fine labels, on {device}")
@@ -252,7 +242,7 @@ def main(argv=None):
             )
 
     title = f"fine.pt: predicting the code within its cluster (K = {K}, M = {M})"
-    plot_curves(args.out / "fine.png", title, checkpoint["history"], guess)
+    ar_model.plot_curves(args.out / "fine.png", title, checkpoint["history"], guess)
     print(f"wrote fine.pt and fine.png to {args.out}")
     print(f"{checkpoint['seconds']:.0f} s of training")
 

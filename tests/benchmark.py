@@ -1,12 +1,12 @@
-r"""How fast sampling is, with random weights: what the README says about speed.
+r"""The speed of sampling, with random weights.
 
     python tests/benchmark.py
     python tests/benchmark.py --batch-sizes 64    # about a minute on two CPU cores
     python tests/benchmark.py --sizes B L XL --codes 16384 --clusters 512 \
         --batch-sizes 1 --cfg-scales 1 --rounds 1      # the paper's sizes, 256 tokens
 
-All rivals run in one process, in turn, several rounds. Printed are medians and ratios
-of medians: absolute times differ from machine to machine, and from day to day.
+All rivals run in one process, in turn, for several rounds. It prints medians and ratios
+of medians: absolute times differ between machines and between days.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from statistics import median
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, not by pytest
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from ar_model import ARConfig, ARModel, draw, generate
 from aux_model import AuxConfig, AuxModel, predict_fine
-from tokenizer import VQVAE, VQVAEConfig, autocast, pick_device, to_uint8
+from tokenizer import VQVAE, VQVAEConfig, autocast, pick_device, to_device, to_uint8
 
 CLASSES, GRID = 10, [8, 8]
 # Layers, dim, heads. The paper's auxiliary model always has the size of L.
@@ -31,7 +31,7 @@ SIZES |= {"B": (12, 768, 12), "L": (24, 1024, 16), "XL": (36, 1280, 20)}
 
 
 def seconds(function, device):
-    """Wall-clock seconds of one call, with the device's queue emptied."""
+    """Wall-clock seconds of one call, until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -52,30 +52,30 @@ def race(rivals, rounds, device):
     return {name: median(values) for name, values in times.items()}
 
 
-@torch.inference_mode()
-def generate_uncached(model, labels, generator):
-    """What generate does (without guidance), by a whole pass for every token."""
-    tokens = torch.empty(len(labels), 0, dtype=torch.long, device=labels.device)
-    for _ in range(GRID[0] * GRID[1]):
-        token = draw(model(tokens, labels)[:, -1], generator)
-        tokens = torch.cat([tokens, token[:, None]], dim=1)
-    return tokens
-
-
 def random_weights(model, device):
     """model on device, in eval mode, with a head that is not zero."""
     torch.nn.init.normal_(model.head.weight, std=0.02)
     return model.eval().to(device)
 
 
+@torch.no_grad()
+def generate_uncached(model, y, generator):
+    """The tokens of generate without guidance, by a full pass for every token."""
+    tokens = torch.empty(len(y), 0, dtype=torch.long, device=y.device)
+    for _ in range(GRID[0] * GRID[1]):
+        token = draw(model(tokens, y)[:, -1], generator)
+        tokens = torch.cat([tokens, token[:, None]], dim=1)
+    return tokens
+
+
 def compare_cache(rounds, device):
-    """Generation with and without the key/value cache: the same tokens, faster."""
+    """Generation with and without the key/value cache."""
     model = random_weights(ARModel(ARConfig(1024, CLASSES, GRID)), device)
-    labels = torch.arange(64, device=device) % CLASSES
+    y = torch.arange(64, device=device) % CLASSES
     generator = torch.Generator(device)
     rivals = {
-        "with": lambda: generate(model, labels, generator.manual_seed(0)),
-        "without": lambda: generate_uncached(model, labels, generator.manual_seed(0)),
+        "with": lambda: generate(model, y, generator.manual_seed(0)),
+        "without": lambda: generate_uncached(model, y, generator.manual_seed(0)),
     }
     with autocast(device):  # as in sample.py
         same = torch.equal(rivals["with"](), rivals["without"]())
@@ -86,9 +86,9 @@ def compare_cache(rounds, device):
     print(f"with {64 / times['with']:.0f} images/s: {ratio:.1f} times as fast\n")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compare_models(size, K, M, batch_size, scale, rounds, device):
-    """CTF against its baseline, both down to pixels; the parts of CTF one by one."""
+    """CTF and its baseline, both from classes to pixels."""
     aux_size = SIZES["default-aux" if size == "default" else "L"]
     grid, pixels = (GRID, 32) if size == "default" else ([16, 16], 256)
     coarse = random_weights(ARModel(ARConfig(M, CLASSES, grid, *SIZES[size])), device)
@@ -96,17 +96,17 @@ def compare_models(size, K, M, batch_size, scale, rounds, device):
     config = AuxConfig(M, K, CLASSES, grid, *aux_size)
     aux = random_weights(AuxModel(config, torch.randint(M, (K,))), device)
     config = VQVAEConfig(pixels, pixels // grid[0], codebook_size=K)
-    vqvae = VQVAE(config).eval().to(device)
-    labels = torch.arange(batch_size, device=device) % CLASSES
+    vqvae = to_device(VQVAE(config).eval(), device)
+    y = torch.arange(batch_size, device=device) % CLASSES
     generator = torch.Generator(device).manual_seed(0)
     T = grid[0] * grid[1]
     coarse_labels = torch.randint(M, (batch_size, T), device=device)
     fine_labels = torch.randint(K, (batch_size, T), device=device)
-    # What CTF does is the last three, one after the other.
+    # CTF is the last three, one after the other.
     rivals = {
-        "baseline": lambda: generate(baseline, labels, generator, scale),
-        "coarse": lambda: generate(coarse, labels, generator, scale),
-        "fine": lambda: predict_fine(aux, coarse_labels, labels, generator),
+        "baseline": lambda: generate(baseline, y, generator, scale),
+        "coarse": lambda: generate(coarse, y, generator, scale),
+        "fine": lambda: predict_fine(aux, coarse_labels, y, generator),
         "decode": lambda: to_uint8(vqvae.decode(vqvae.codes(fine_labels))),
     }
     with autocast(device):  # as in sample.py
@@ -121,20 +121,14 @@ def compare_models(size, K, M, batch_size, scale, rounds, device):
 
 
 def main(argv=None):
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=formatter
-    )
-    add = parser.add_argument
-    sizes = ["default", "B", "L", "XL"]
-    add(
-        "--sizes", choices=sizes, nargs="+", default=["default"], help="of the AR model"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add, sizes = parser.add_argument, ["default", "B", "L", "XL"]
+    add("--sizes", choices=sizes, nargs="+", default=["default"])
     add("--codes", type=int, nargs="+", default=[1024, 4096, 16384], help="K")
     add("--clusters", type=int, default=128, help="M")
-    add("--batch-sizes", type=int, nargs="+", default=[16, 64, 256], help="images")
-    add("--cfg-scales", type=float, nargs="+", default=[1, 2], help="guidance; 1: off")
-    add("--rounds", type=int, default=5, help="of which the median is taken")
+    add("--batch-sizes", type=int, nargs="+", default=[16, 64, 256])
+    add("--cfg-scales", type=float, nargs="+", default=[1, 2], help="1 is off")
+    add("--rounds", type=int, default=5, help="timings per median")
     add("--device", default="auto")
     args = parser.parse_args(argv)
     torch.manual_seed(0)

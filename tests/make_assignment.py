@@ -1,19 +1,21 @@
-"""Exercises for a course: copies with functions to fill in, and marks for what comes back.
+"""Exercises for a course: write copies with blanked functions, and grade submissions.
 
     python tests/make_assignment.py --list
     python tests/make_assignment.py ../homework --exercise guidance key-value-cache
-    python tests/make_assignment.py ../homework        # all exercises at once
+    python tests/make_assignment.py ../homework        # all exercises
     python tests/make_assignment.py --grade ../homework    # a table, and results.json
-    python tests/make_assignment.py --check            # that tests pinpoint each of them
+    python tests/make_assignment.py --check            # do the tests fit the exercises?
 
-An exercise keeps its signature and docstring, and raises NotImplementedError with a
-sentence on what to do. The tests that the table names then fail, and those of the other
-stages pass, but for those that it says cannot do without it. The copies are made from
-the code itself: there is no second version of it.
+In an exercise, the body of a function is replaced by a NotImplementedError, which says
+in one sentence what to do. The signature and the docstring stay. Then the tests that
+the table names fail. The tests of later scripts still pass, except where the table says
+that they need the exercise. The copies are made from the six scripts themselves.
 
---grade runs the six files of a copy with the tests of this repository, each exercise in
-a process of its own with a time limit. results.json is in the form that Gradescope's
-autograder reads. It is no sandbox: what is graded runs with all your rights.
+--grade runs each exercise in its own process with a time limit. It takes one script
+from the submission, the script of the exercise. The other scripts and the tests are
+ours. So an error in one script costs only the exercises of that script. results.json
+has the format of Gradescope's autograder. There is no sandbox: submitted code runs with
+your permissions.
 """
 
 import argparse
@@ -32,22 +34,24 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent.parent
-STAGES = ["tokenizer", "cluster", "ar_model", "aux_model", "sample", "evaluate"]
+SCRIPTS = ["tokenizer", "cluster", "ar_model", "aux_model", "sample", "evaluate"]
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container on Linux: "50000 100000"
+CACHES = shutil.ignore_patterns("__pycache__", ".pytest_cache")
 
 
 @dataclass
 class Exercise:
-    stage: str  # which file, without .py
-    functions: list  # in that file: "name", or "Class.name"
+    script: str  # without .py
+    functions: list  # in that script, side by side: "name", or "Class.name"
     reference: str  # where the method is from: paper, figure, equation
-    minutes: int  # how long it takes, about
-    task: str  # one sentence, which NotImplementedError says
-    tests: list  # in tests/test_<stage>.py: what checks it, and fails without it
-    needed_by: tuple = ()  # later stages whose tests cannot do without it
+    minutes: int  # about how long it takes
+    task: str  # the sentence of the NotImplementedError
+    tests: list  # in tests/test_<script>.py: they fail without a solution
+    needed_by: tuple = ()  # later scripts whose tests need a solution too
 
     @property
     def points(self):
-        """One for each five minutes."""
+        """One point for five minutes."""
         return max(1, self.minutes // 5)
 
 
@@ -57,8 +61,8 @@ EXERCISES = {
         ["VQVAE.quantize"],
         "VQ-VAE (van den Oord et al. 2017), equations 1 to 3",
         40,
-        "Find the nearest codeword of every vector, let the gradient pass straight "
-        "through, and measure the commitment loss.",
+        "Find the nearest code of every vector, pass the gradient straight through, "
+        "and compute the commitment loss.",
         [
             "test_quantize_picks_the_nearest_code",
             "test_quantize_hands_the_gradient_straight_through",
@@ -71,8 +75,8 @@ EXERCISES = {
         ["VQVAE.update_codebook"],
         "VQ-VAE, appendix A.1",
         45,
-        "Move every code to the moving average of the vectors that chose it, make it a "
-        "unit vector again, and restart dead codes.",
+        "Move every code to the EMA of the vectors that chose it, normalise the code, "
+        "and re-initialise dead codes.",
         [
             "test_the_codebook_follows_moving_averages",
             "test_dead_codes_start_anew_at_an_encoder_output",
@@ -85,8 +89,8 @@ EXERCISES = {
         ["kmeans_plus_plus"],
         "k-means++ (Arthur and Vassilvitskii 2007)",
         30,
-        "Draw k rows, each with a probability proportional to its squared distance to "
-        "the nearest row drawn before.",
+        "Choose k rows, each with probability proportional to its squared distance to "
+        "the nearest row chosen so far.",
         [
             "test_seeding_draws_in_proportion_to_the_squared_distance",
             "test_seeding_takes_every_distinct_row_before_any_twice",
@@ -99,8 +103,8 @@ EXERCISES = {
         ["kmeans"],
         "CTF, figure 1a; Lloyd's algorithm",
         75,
-        "Assign every row to its nearest centroid, move the centroids to the means, and "
-        "repeat until no assignment changes; no cluster may stay empty.",
+        "Assign every row to its nearest centroid, move every centroid to the mean of "
+        "its rows, and repeat until no assignment changes; no cluster may stay empty.",
         [
             "test_kmeans_against_scipy",
             "test_kmeans_ends_at_a_fixed_point",
@@ -126,7 +130,7 @@ EXERCISES = {
         ["swap_within_clusters"],
         "CTF, figure 1b",
         20,
-        "Replace every token by a code drawn at random from the cluster of that token.",
+        "Replace every token by a random code from the same cluster.",
         ["test_swaps_stay_in_their_cluster_and_reach_all_of_it"],
     ),
     "causal-attention": Exercise(
@@ -134,8 +138,8 @@ EXERCISES = {
         ["Block.forward"],
         "LlamaGen's block: RMSNorm, SwiGLU; the causal mask",
         75,
-        "Attend, with a causal mask if self.causal, add that to x, and add what the "
-        "gated feed-forward network makes of it.",
+        "Add to x the output of the attention, with a causal mask if self.causal, then "
+        "add the output of the SwiGLU network.",
         [
             "test_future_tokens_do_not_change_past_logits",
             "test_without_the_mask_every_token_sees_all",
@@ -146,9 +150,9 @@ EXERCISES = {
     "key-value-cache": Exercise(
         "ar_model",
         ["Cache.extend"],
-        "none: it changes the speed, and no result",
+        "none: a cache changes the speed, not the results",
         20,
-        "Append the new keys and values to those kept, and return all of them.",
+        "Append the new keys and values to the cached ones, and return all of them.",
         ["test_the_cache_returns_all_keys_and_values_so_far"],
     ),
     "coarse-loss": Exercise(
@@ -165,8 +169,8 @@ EXERCISES = {
         ["guide"],
         "classifier-free guidance (Ho and Salimans 2022). A warm-up",
         5,
-        "Go from the logits without the class towards those with it, and beyond: scale "
-        "times the whole way.",
+        "Start at the logits without the class, and add scale times the difference to "
+        "the logits with the class.",
         ["test_guidance_formula"],
     ),
     "top-k-top-p": Exercise(
@@ -174,8 +178,8 @@ EXERCISES = {
         ["filter_logits"],
         "CTF, table 3 (d); top-p: Holtzman et al. 2020",
         40,
-        "Set all logits to -inf but the top_k largest, and then all but the fewest "
-        "largest that reach the probability top_p.",
+        "Keep the top_k largest logits, of these the smallest set whose probabilities "
+        "sum to top_p or more, and set all others to -inf.",
         [
             "test_top_k_keeps_the_k_largest",
             "test_top_p_keeps_the_fewest_that_reach_p",
@@ -184,12 +188,15 @@ EXERCISES = {
     ),
     "masked-head": Exercise(
         "aux_model",
-        ["AuxModel.cluster_logits"],
+        ["AuxModel.cluster_logits", "AuxModel.cluster_logits_on_cpu"],
         "CTF, figure 1c: q_i lies in the cluster c_i",
         40,
-        "Give every token the logits of the codes of its own cluster, in the order of "
-        "self.members; computing all K and picking will do.",
-        ["test_logits_are_those_of_the_masked_k_way_head"],
+        "Return the logits of the codes of each token's cluster, and MASKED where "
+        "self.members is -1; cluster_logits_on_cpu may call cluster_logits.",
+        [
+            "test_logits_are_those_of_the_masked_k_way_head",
+            "test_the_fast_head_of_a_cpu_equals_the_definition",
+        ],
     ),
     "fine-loss": Exercise(
         "aux_model",
@@ -197,7 +204,7 @@ EXERCISES = {
         "CTF, figure 1c: p(q_i given c_1 .. c_T, y)",
         20,
         "Return the mean cross-entropy of the fine labels within their clusters, and "
-        "how often the likeliest one is right.",
+        "the top-1 accuracy.",
         [
             "test_loss_is_the_masked_cross_entropy",
             "test_gradient_is_that_of_the_masked_cross_entropy",
@@ -208,8 +215,8 @@ EXERCISES = {
         ["predict_fine"],
         "CTF, figure 1c: the + 1 of T + 1 steps",
         40,
-        "Draw all fine labels from one pass: guide, mask to the cluster, divide by the "
-        "temperature, keep the top_k.",
+        "Predict all fine labels in one pass: guide, divide by the temperature, apply "
+        "top_k, and sample; if top_k is 1, take the argmax.",
         [
             "test_a_fine_label_always_lies_in_its_cluster",
             "test_likeliest_fine_labels_with_guidance",
@@ -221,8 +228,8 @@ EXERCISES = {
         ["sample_images"],
         "CTF, figure 1c",
         20,
-        "Draw the coarse labels, then the fine labels, and decode them; the baseline "
-        "draws fine labels at once.",
+        "Sample the coarse labels, then the fine labels, and decode them; the baseline "
+        "samples the fine labels directly.",
         [
             "test_coarse_then_fine_then_pixels",
             "test_the_baseline_draws_fine_labels_directly",
@@ -246,8 +253,8 @@ EXERCISES = {
         ["neighbour_radius", "covered"],
         "Kynkäänniemi et al. 2019, equations 1 and 2",
         30,
-        "Find how far the k-th neighbour of every member is, and which points lie no "
-        "farther than that from some member.",
+        "Compute the squared distance of every member to its k-th neighbour, and the "
+        "share of points that lie within the radius of a member.",
         [
             "test_precision_recall_of_points_on_a_line",
             "test_precision_recall_of_equal_distant_and_narrow_sets",
@@ -259,15 +266,18 @@ EXERCISES = {
         ["bits_per_token"],
         "the chain rule: p(q) = p(c) p(q given c)",
         20,
-        "Measure the nats of the coarse labels and of the fine ones given these (of the "
-        "baseline: of the fine ones), and return bits.",
+        "Compute the nats of the coarse labels and of the fine labels given them (for "
+        "the baseline: of the fine labels), and return bits.",
         ["test_bits_are_nats_over_ln_2_of_each_stage"],
     ),
 }
 
+# --------------------------------------------------------------------------------------
+# Copies for students
+
 
 def find(source, function):
-    """The ast node of a function, "name" or "Class.name", in the source of its file."""
+    """The ast node of a function, "name" or "Class.name", in the source of a script."""
     body = ast.parse(source).body
     for name in function.split("."):
         node = next(item for item in body if getattr(item, "name", None) == name)
@@ -276,12 +286,12 @@ def find(source, function):
 
 
 def blank(source, exercise):
-    """source, with the bodies of its functions replaced by NotImplementedError(task)."""
+    """source with NotImplementedError(task) as the body of the exercise's functions."""
     for function in exercise.functions:
         node, lines = find(source, function), source.splitlines(keepends=True)
         first, last = node.body[1], node.body[-1]  # body[0] is the docstring
         indent = " " * first.col_offset
-        # The sentence as string literals of one line each, which Python joins.
+        # The sentence is split into string literals, which Python joins.
         words = textwrap.wrap(exercise.task, 70, drop_whitespace=False)
         said = [f"{indent}    {part!r}\n" for part in words]
         text = [f"{indent}raise NotImplementedError(\n", *said, f"{indent})\n"]
@@ -292,152 +302,168 @@ def blank(source, exercise):
 
 def table():
     """All exercises as a Markdown table."""
-    rows = [
-        "| exercise | functions | minutes | points | source | tests that check it |"
-    ]
-    rows += ["|---|---|---|---|---|---|"]
+    rows = ["| exercise | functions | minutes | points | source | tests |"]
+    rows += ["|---" * 6 + "|"]
     for name, e in EXERCISES.items():
         functions = ", ".join(f"`{function}`" for function in e.functions)
         tests = ", ".join(f"`{test}`" for test in e.tests)
-        needed = "".join(f"; {stage}.py needs it as well" for stage in e.needed_by)
-        columns = f"`{e.stage}.py`: {functions}", e.minutes, e.points, e.reference
+        needed = "".join(f"; {script}.py needs it too" for script in e.needed_by)
+        columns = f"`{e.script}.py`: {functions}", e.minutes, e.points, e.reference
         cells = " | ".join(str(column) for column in columns)
         rows.append(f"| {name} | {cells} | {tests}{needed} |")
     return "\n".join(rows)
 
 
 def sheet(names):
-    """ASSIGNMENT.md: what students read, the exercises in order."""
+    """ASSIGNMENT.md: the exercises in order, for students."""
     total = sum(EXERCISES[name].points for name in names)
-    text = (
-        f"# Assignment\n\n{len(names)} exercises, {total} points. In each, a function "
-    )
-    text += (
-        "raises `NotImplementedError`: write its body, as its docstring asks. Each is "
-    )
-    text += "marked by the tests below, alone: none needs the solution of another.\n"
+    text = f"# Assignment\n\n{len(names)} exercises, {total} points. Replace each "
+    text += "`raise NotImplementedError` by the body of the function, as its docstring "
+    text += "says. The tests below grade each exercise alone: no exercise needs the "
+    text += "solution of another. test_bad_inputs.py and test_pipeline.py need all.\n"
     for i, name in enumerate(names, start=1):
         e = EXERCISES[name]
         functions = " and ".join(f"`{function}`" for function in e.functions)
         text += f"\n## {i}. {name} ({e.points} points, about {e.minutes} minutes)\n\n"
-        text += f"{functions} in `{e.stage}.py`. {e.task}\n\n"
-        text += f"Source: {e.reference}.\n\n    pytest tests/test_{e.stage}.py -k "
+        text += f"{functions} in `{e.script}.py`. {e.task}\n\n"
+        text += f"Source: {e.reference}.\n\n    pytest tests/test_{e.script}.py -k "
         text += f'"{" or ".join(e.tests)}"\n'
-        for stage in e.needed_by:
-            text += f"\nSome other tests of `tests/test_{stage}.py` fail until it is solved.\n"
+        for later in e.needed_by:
+            text += f"\nSome tests of `tests/test_{later}.py` need its solution.\n"
     return text
 
 
+def students_readme(text):
+    """README.md without the section "For a course", and without the columns of a table
+    from "breakpoint" on: they show where the solutions stand."""
+    text = re.sub(r"(?ms)^##+ For a course\n.*?(?=^##+ |\Z)", "", text)
+    lines, columns = [], None
+    for line in text.splitlines(keepends=True):
+        cells = line.split("|")
+        if not line.startswith("|"):
+            columns = None
+        elif columns is None:  # the head of a table
+            found = (i for i, cell in enumerate(cells) if "breakpoint" in cell)
+            columns = next(found, len(cells))
+        if columns and columns < len(cells):
+            line = "|".join(cells[:columns]) + "|\n"
+        lines.append(line)
+    return "".join(lines)
+
+
 def write_assignment(folder, names):
-    """Copy the repository to folder, which is not there yet, with exercises blanked."""
-    shutil.copytree(
-        ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    """Copy the repository to a new folder, and blank the exercises in names."""
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=CACHES)
     for own in ("make_assignment.py", "test_make_assignment.py"):
         (folder / "tests" / own).unlink()
+    shutil.copytree(ROOT / ".github", folder / ".github")
     for name in ("requirements.txt", ".gitignore"):
         shutil.copy(ROOT / name, folder / name)
-    readme = (ROOT / "README.md").read_text("utf-8")
-    # Without the section on this script, up to the next heading; and without the two
-    # columns that say what stands in the functions: where to set a breakpoint.
-    breakpoints = " The last two columns say where to stop a debugger first."
-    readme = readme.replace(breakpoints, "")
-    readme = re.sub(r"## For a course\n.*?(?=\n## )\n", "", readme, flags=re.DOTALL)
-    readme = re.sub(
-        r"^(\| (?:file|`\w+\.py`) \|[^|]*\|[^|]*\|).*$",
-        r"\1",
-        readme,
-        flags=re.MULTILINE,
-    )
-    readme = readme.replace(
-        "|---|---|---|---|---|\n| `tokenizer.py`", "|---|---|---|\n| `tokenizer.py`"
-    )
+    readme = students_readme((ROOT / "README.md").read_text("utf-8"))
     (folder / "README.md").write_text(readme, "utf-8")
     (folder / "ASSIGNMENT.md").write_text(sheet(names), "utf-8")
-    shutil.copytree(ROOT / ".github", folder / ".github")
-    for stage in STAGES:
-        source = (ROOT / f"{stage}.py").read_text("utf-8")
+    for script in SCRIPTS:
+        source = (ROOT / f"{script}.py").read_text("utf-8")
         for exercise in (EXERCISES[name] for name in names):
-            if exercise.stage == stage:
+            if exercise.script == script:
                 source = blank(source, exercise)
-        (folder / f"{stage}.py").write_text(source, "utf-8")
+        (folder / f"{script}.py").write_text(source, "utf-8")
 
 
-def run_tests(folder, stages, tests=(), limit=None):
-    """{(stage, test): message} of the test files of some stages, "" if it passed; with
-    tests, of these alone. None if they take more than limit seconds."""
-    files = [f"tests/test_{stage}.py" for stage in stages]
+# --------------------------------------------------------------------------------------
+# Grades
+
+
+def run_tests(folder, scripts, tests=(), limit=None):
+    """Run the test files of scripts in folder, or only some tests, for limit seconds.
+
+    Returns {(script, test): message}, with the message "" if the test passed; and a
+    text that says why tests may be missing: the time limit, or the last printed lines.
+    """
+    files = [f"tests/test_{script}.py" for script in scripts]
     if tests:
         files = [f"{files[0]}::{test}" for test in tests]
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *files]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        options = {"cwd": folder, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        options |= {"text": True, "errors": "replace", "timeout": limit}
         try:
-            subprocess.run(
-                command,
-                cwd=folder,
-                env=environment,
-                capture_output=True,
-                check=False,
-                timeout=limit,
-            )
+            done = subprocess.run(command, check=False, **options)
         except subprocess.TimeoutExpired:
-            return None
-        if not report.exists():
-            return {}
+            return {}, f"time limit: stopped after {limit} s. An endless loop?"
+        last = "\n".join(done.stdout.splitlines()[-15:]) or "nothing was printed"
+        cases = ElementTree.parse(report).iter("testcase") if report.exists() else []
         results = {}
-        for case in ElementTree.parse(report).iter("testcase"):
+        for case in cases:
             problems = [e for e in case if e.tag in ("failure", "error")]
             message = (problems[0].get("message") or "error") if problems else ""
-            key = case.get("classname").removeprefix("tests.test_"), case.get("name")
-            key = key[0], key[1].split("[")[0]
+            script = case.get("classname").removeprefix("test_")
+            key = script, case.get("name").split("[")[0]
             results[key] = results.get(key) or message
-    return results
+    return results, f"pytest ended with exit code {done.returncode}:\n{last}"
 
 
-def grade(folder, limit, names):
-    """The marks of a student's copy: a list of results in Gradescope's form, one for
-    each exercise of names."""
+def grade(folder, names, limit, jobs):
+    """The results of the exercises in names, in Gradescope's format; jobs at a time."""
 
     def grade_exercise(name):
-        """Its tests, in a copy of this repository with the student's six files."""
+        """Run its tests on the submitted script and our other scripts."""
         exercise = EXERCISES[name]
         with tempfile.TemporaryDirectory() as temporary:
             copy = Path(temporary, "copy")
-            skip = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / "tests", copy / "tests", ignore=skip)
-            for stage in STAGES:
-                if (folder / f"{stage}.py").exists():
-                    shutil.copy(folder / f"{stage}.py", copy / f"{stage}.py")
-            found = run_tests(copy, [exercise.stage], exercise.tests, limit)
-        if found is None:
-            passed, output = 0, f"not done after {limit} seconds: an endless loop?"
-        else:
-            messages = [
-                found.get((exercise.stage, t), "not run") for t in exercise.tests
-            ]
-            passed = messages.count("")
-            said = zip(exercise.tests, messages)
-            output = "\n".join(f"{t}: {m or 'passed'}" for t, m in said)
-        score = round(exercise.points * passed / len(exercise.tests), 2)
+            shutil.copytree(ROOT / "tests", copy / "tests", ignore=CACHES)
+            for path in folder.glob("*.py"):  # the student's own modules come along
+                shutil.copy(path, copy)
+            for script in SCRIPTS:
+                source = folder if script == exercise.script else ROOT
+                shutil.copy(source / f"{script}.py", copy)
+            found, why = run_tests(copy, [exercise.script], exercise.tests, limit)
+        messages = [found.get((exercise.script, t), "not run") for t in exercise.tests]
+        said = zip(exercise.tests, messages)
+        output = "\n".join(f"{test}: {message or 'passed'}" for test, message in said)
+        if "not run" in messages:
+            output += f"\n{why}"
+        passed = messages.count("")
         return {
             "name": name,
-            "score": score,
+            "score": round(exercise.points * passed / len(exercise.tests), 2),
             "max_score": exercise.points,
             "status": "passed" if passed == len(exercise.tests) else "failed",
             "output": output,
         }
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    needed = {f"{EXERCISES[name].script}.py" for name in names}
+    missing = sorted(file for file in needed if not (folder / file).is_file())
+    if missing:
+        there = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
+        lacks = f"{folder} lacks {', '.join(missing)}; it contains {there[:200]}"
+        raise SystemExit(f"error: nothing graded: {lacks}")
+    with ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(grade_exercise, names))
 
 
-def check(name):
-    """Whether the tests pinpoint one exercise: (name, what is wrong, in lines).
+def usable_cpus():
+    """The number of CPUs that this process may use, by its affinity and its quota."""
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    count = len(affinity(0))
+    try:
+        quota, period = QUOTA.read_text().split()
+        return max(1, min(count, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or no quota: "max 100000"
+        return count
 
-    Blanked alone, its own tests fail and say what to do; with all others blanked, they
-    pass: nobody's mark depends on another exercise.
+
+# --------------------------------------------------------------------------------------
+# Checks of the table
+
+
+def check(name):
+    """Whether the tests pinpoint an exercise: (name, the lines to print).
+
+    If only this exercise is blanked, its tests fail and say what to do. If all others
+    are blanked, its tests pass: no grade depends on another exercise.
     """
     exercise, wrong = EXERCISES[name], []
     others = [other for other in EXERCISES if other != name]
@@ -445,9 +471,9 @@ def check(name):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "copy")
             write_assignment(folder, blanked)
-            found = run_tests(folder, [exercise.stage], exercise.tests)
+            found, why = run_tests(folder, [exercise.script], exercise.tests)
         for test in exercise.tests:
-            message = found.get((exercise.stage, test), "not run")
+            message = found.get((exercise.script, test), f"not run: {why}")
             if blanked == [name] and exercise.task[:40] not in message:
                 wrong.append(f"{test} should fail and say what to do: {message!r}")
             if blanked == others and message:
@@ -455,59 +481,62 @@ def check(name):
     return name, wrong
 
 
-def check_stage(stage):
-    """Whether later stages' tests do without the exercises of one stage."""
-    own = {name: e for name, e in EXERCISES.items() if e.stage == stage}
+def check_script(script):
+    """Whether the tests of later scripts pass without the exercises of a script."""
+    own = {name: e for name, e in EXERCISES.items() if e.script == script}
     needed = {later for e in own.values() for later in e.needed_by}
-    # No stage imports a later one.
-    later = [s for s in STAGES[STAGES.index(stage) + 1 :] if s not in needed]
+    # No script imports a later one.
+    later = [s for s in SCRIPTS[SCRIPTS.index(script) + 1 :] if s not in needed]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "copy")
         write_assignment(folder, list(own))
-        found = run_tests(folder, later) if later else {}
-    wrong = [f"{s}: {test} fails as well" for (s, test), why in found.items() if why]
-    return f"{stage}.py without its exercises", wrong
+        found, why = run_tests(folder, later)
+    wrong = [
+        f"{s}: {test} fails too" for (s, test), message in found.items() if message
+    ]
+    return f"{script}.py without its exercises", wrong if found else [why]
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("folder", type=Path, nargs="?", help="where to write the copy: a new folder")
-    add("--exercise", nargs="+", choices=EXERCISES, default=list(EXERCISES))
+    add("folder", type=Path, nargs="?", help="the new folder for the copy")
+    add("--exercise", nargs="+", choices=EXERCISES, metavar="NAME", help="only these")
     add("--list", action="store_true", help="print the table of exercises")
-    add("--grade", type=Path, metavar="DIR", help="mark a student's copy; no sandbox")
-    add("--limit", type=int, default=120, help="seconds for each exercise of --grade")
-    add("--check", action="store_true", help="that the tests pinpoint each exercise")
+    what = "grade a submission; submitted code runs with your permissions"
+    add("--grade", type=Path, metavar="DIR", help=what)
+    add("--limit", type=int, default=120, help="seconds per exercise (120)")
+    add("--jobs", type=int, default=usable_cpus(), help="at once (all CPUs)")
+    add("--check", action="store_true", help="check that tests pinpoint each exercise")
     args = parser.parse_args(argv)
+    names = args.exercise or list(EXERCISES)
     if args.list:
         print(table())
     elif args.grade:
-        if not args.grade.is_dir():
-            parser.error(f"{args.grade}: no such folder")
-        results = grade(args.grade, args.limit, args.exercise)
+        results = grade(args.grade, names, args.limit, args.jobs)
         for result in results:
-            marks = f"{result['score']:g} of {result['max_score']}"
-            print(f"{result['name']:20}{marks:>12}  {result['status']}")
+            points = f"{result['score']:g} of {result['max_score']}"
+            print(f"{result['name']:20}{points:>12}  {result['status']}")
         total = sum(result["score"] for result in results)
         print(f"{'all':20}{total:>6g} of {sum(r['max_score'] for r in results)}")
         Path("results.json").write_text(json.dumps({"tests": results}, indent=1) + "\n")
         print("wrote results.json")
     elif args.check:
         failed = False
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            stages = pool.map(check_stage, STAGES[:-1])
-            for name, wrong in [*pool.map(check, args.exercise), *stages]:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            scripts = pool.map(check_script, SCRIPTS[:-1])
+            for name, wrong in [*pool.map(check, names), *scripts]:
                 print(f"{name}: {'pinpointed' if not wrong else 'NOT pinpointed'}")
                 print("".join(f"    {line}\n" for line in wrong), end="", flush=True)
                 failed = failed or bool(wrong)
         raise SystemExit(failed)
     elif args.folder is None:
-        parser.error("which folder is the copy to be written to?")
+        parser.error("name the new folder for the copy")
     elif args.folder.exists():
-        parser.error(f"{args.folder} is there already")
+        parser.error(f"{args.folder} exists already")
     else:
-        write_assignment(args.folder, args.exercise)
-        print(f"wrote {args.folder}: {', '.join(args.exercise)}")
+        write_assignment(args.folder, names)
+        print(f"wrote {args.folder}: {', '.join(names)}")
 
 
 if __name__ == "__main__":

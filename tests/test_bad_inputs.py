@@ -1,49 +1,70 @@
-"""What is typed or left lying wrong: one line that says what to do, nothing lost."""
+"""Missing, damaged and mismatched files, stopped runs and unusual machines, for every
+script: one line that says what to do, and nothing lost."""
 
+import argparse
 import importlib
+import json
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from conftest import ROOT, SIZES, K, edit, error_of, interrupt_at
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-import evaluate
+import cluster
 import sample
-from tests.conftest import IDS, SIZES, K, error_of
+import tokenizer
 
-ROOT = Path(__file__).parent.parent
-FEW = ["--steps", "1", "--batch-size", "2"]
-TOKENIZER = ["--image-size", "16", "--channels", "16", "--codebook-size", "24", *FEW]
-STAGE = [*SIZES, *FEW]
+SCRIPTS = ["tokenizer", "cluster", "ar_model", "aux_model", "sample", "evaluate"]
+FEW = ["--steps", "1", "--batch-size", "4"]
+# Flags with which each script works on the files of the fixtures, in a second.
+FLAGS = {
+    "tokenizer": ["--image-size", "16", "--channels", "16", "--codebook-size", "24"],
+    "cluster": ["--clusters", "4", "--restarts", "1"],
+    "ar_model": [*SIZES, *FEW],
+    "aux_model": [*SIZES, *FEW],
+    "sample": ["--num-samples", "6"],
+    "evaluate": ["--judge-steps", "2"],
+}
+FLAGS["tokenizer"] += ["--data", "{images}", *FEW]
+WRITES = {"tokenizer": ["images.pt", "tokens.pt", "tokenizer.pt"]}
+WRITES |= {"cluster": ["clusters.pt"], "ar_model": ["coarse.pt"]}
+WRITES |= {"aux_model": ["fine.pt"], "sample": ["samples.pt"]}
+WRITES |= {"evaluate": ["metrics.json"]}
 
 
-def edit(name, **changes):
-    def prepare(out, images):
-        artifact = torch.load(out / name, weights_only=True)
-        torch.save(artifact | changes, out / name)
+def run(script, out, images, *flags):
+    """Call main of a script with its FLAGS and some more."""
+    used = [flag.format(images=images) for flag in FLAGS[script]]
+    importlib.import_module(script).main(["--out", str(out), *used, *flags])
 
-    return prepare
+
+# ------------------------------------------------------ files that do not work together
 
 
 def delete(name):
-    return lambda out, images: (out / name).unlink()
+    return lambda out: (out / name).unlink()
 
 
 def overwrite(name, content=b"some text"):
-    return lambda out, images: (out / name).write_bytes(content)
+    return lambda out: (out / name).write_bytes(content)
 
 
 def cut_short(name):
-    def prepare(out, images):
-        (out / name).write_bytes((out / name).read_bytes()[:3000])
+    return lambda out: (out / name).write_bytes((out / name).read_bytes()[:3000])
 
-    return prepare
+
+def other(name, **ids):
+    return lambda out: edit(out / name, **ids)
 
 
 class Touch:
-    """What a hostile pickle holds: loading it would make the file called trap."""
+    """Unpickling this object would create the file path."""
 
     def __init__(self, path):
         self.path = path
@@ -53,206 +74,272 @@ class Touch:
 
 
 def hostile(name):
-    def prepare(out, images):
-        torch.save({"script": "tokenizer.py", "x": Touch(out / "trap")}, out / name)
+    return lambda out: torch.save({"x": Touch(out / "trap")}, out / name)
+
+
+def sampled(*flags, then=lambda out: None):
+    def prepare(out):
+        run("sample", out, None, *flags)
+        then(out)
 
     return prepare
 
 
-def instead_of(name, other):
-    return lambda out, images: (out / name).write_bytes((out / other).read_bytes())
-
-
-def folder_instead_of(name):
-    def prepare(out, images):
-        (out / name).unlink()
-        (out / name).mkdir()
-
-    return prepare
-
-
-def drawn(*flags):
-    """Samples of the weights that are there."""
-    return lambda out, images: sample.main(["--out", str(out), *flags])
-
-
-def drawn_then_trained(out, images):
-    drawn("--num-samples", "6")(out, images)
-    edit("fine.pt", settings=IDS | {"steps": 7, "seed": 1})(out, images)
-
-
-def drawn_then_data_changed(out, images):
-    drawn("--num-samples", "6")(out, images)
-    (images / "test" / "ant" / "0.png").rename(images / "test" / "bee" / "new.png")
-
-
-def one_class_less(out, images):
-    for path in (images / "test" / "cat").iterdir():
-        path.unlink()
-    (images / "test" / "cat").rmdir()
-
-
-def one_image_in_all(out, images):
-    (out / "few" / "ant").mkdir(parents=True)
-    Image.new("RGB", (16, 16)).save(out / "few" / "ant" / "0.png")
-
-
-def copies_of_one_stage(out, images):
-    instead_of("coarse-000002.pt", "coarse.pt")(out, images)
-
-
-def nothing(out, images):
+def nothing(out):
     pass
 
 
-# Script, flags ({images} and {out} are filled in), what is wrong with the files, exit
-# code (2: usage), and what the message says.
+X = {"codebook_id": "x"}
+BROKEN = "is unreadable ("
+BASELINE = "run python ar_model.py --labels fine first"
+WEIGHTS = "samples.pt is from other weights: run python sample.py again"
+# The script and further flags, the fault, and a part of the line.
 TABLE = [
-    ("tokenizer", ["--nonsense", "1"], nothing, 2, "--nonsense"),
-    ("tokenizer", ["--steps", "0"], nothing, 2, "--steps: 0 is not in 1"),
-    ("tokenizer", ["--steps", "many"], nothing, 2, "invalid int value: 'many'"),
-    ("tokenizer", ["--batch-size", "-1"], nothing, 2, "--batch-size: -1 is not in"),
-    ("tokenizer", ["--lr", "nan"], nothing, 2, "--lr: nan is not in 0"),
-    ("tokenizer", ["--lr", "inf"], nothing, 2, "--lr: inf is not in 0"),
-    ("tokenizer", ["--seed", "-1"], nothing, 2, "--seed: -1 is not in 0"),
-    ("tokenizer", ["--downsample", "3"], nothing, 2, "invalid choice: 3"),
-    ("tokenizer", ["--image-size", "30"], nothing, 2, "must be a multiple of 4"),
-    ("tokenizer", ["--codebook-size", "1"], nothing, 2, "1 is not in 2"),
-    ("cluster", ["--clusters", "0"], nothing, 2, "--clusters: 0 is not in 1"),
-    ("cluster", ["--method", "dbscan"], nothing, 2, "invalid choice: 'dbscan'"),
-    ("ar_model", ["--labels", "medium"], nothing, 2, "invalid choice: 'medium'"),
-    ("ar_model", ["--heads", "3"], nothing, 2, "--dim must be a multiple of 4 x"),
-    ("aux_model", ["--dim", "10"], nothing, 2, "--dim must be a multiple of 4 x"),
-    ("sample", ["--temperature", "0"], nothing, 2, "--temperature: 0 is not in"),
-    ("sample", ["--cfg-scales", "inf"], nothing, 2, "--cfg-scales: inf is not in"),
-    ("sample", ["--cfg-scales"], nothing, 2, "expected at least one argument"),
-    ("sample", ["--top-p", "0"], nothing, 2, "--top-p: 0 is not in"),
-    ("sample", ["--fine-temperature", "2"], nothing, 2, "--fine-top-k 1: give 0"),
-    ("sample", ["--classes", "-1"], nothing, 1, "--classes -1: those of"),
-    ("sample", ["--num-samples", "0"], nothing, 2, "0 is not in 1"),
-    ("sample", ["--model", "vae"], nothing, 2, "invalid choice: 'vae'"),
-    ("sample", ["--model", "baseline", "--anatomy"], nothing, 2, "both stages"),
-    ("evaluate", ["--judge-steps", "0"], nothing, 2, "--judge-steps: 0 is not in 1"),
-    ("evaluate", ["--cfg-scales", "2"], nothing, 2, "unrecognized arguments"),
-    ("evaluate", ["--features", "dino"], nothing, 2, "invalid choice: 'dino'"),
-    ("evaluate", ["--mean-of", "{out}"], nothing, 2, "and another --out"),
-    ("tokenizer", ["--device", "abacus"], nothing, 1, "--device abacus:"),
-    ("tokenizer", ["--data", "{out}/no"], nothing, 1, "no: not a known data set, nor"),
-    ("tokenizer", ["--data", "{out}"], nothing, 1, "nor class folders of images"),
-    ("tokenizer", ["--image-size", "64"], nothing, 1, "fewer than --image-size 64"),
-    ("tokenizer", [], one_class_less, 1, "too few images of cat"),
-    ("tokenizer", ["--data", "{out}/few"], one_image_in_all, 1, "too few images"),
-    ("tokenizer", ["--out", "{images}/train/ant/0.png"], nothing, 1, "File exists"),
-    ("tokenizer", ["--resume"], nothing, 1, "tokenizer.pt was trained with"),
-    ("cluster", [], delete("tokenizer.pt"), 1, "run python tokenizer.py first"),
-    ("cluster", [], cut_short("tokenizer.pt"), 1, "tokenizer.pt cannot be read"),
-    ("cluster", [], folder_instead_of("tokens.pt"), 1, "tokens.pt cannot be"),
-    ("cluster", [], edit("tokens.pt", codebook_id="x"), 1, "belongs to another codebo"),
-    ("cluster", ["--clusters", "33"], nothing, 1, f"33 is more than the {K} codes"),
-    ("ar_model", [], delete("tokens.pt"), 1, "run python tokenizer.py first"),
-    ("ar_model", [], overwrite("tokens.pt"), 1, "tokens.pt cannot be read"),
-    ("ar_model", [], hostile("tokens.pt"), 1, "tokens.pt cannot be read"),
-    ("ar_model", [], delete("clusters.pt"), 1, "run python cluster.py first"),
-    ("ar_model", [], edit("clusters.pt", codebook_id="x"), 1, "another codebook"),
-    ("ar_model", ["--resume"], delete("coarse.pt"), 1, "run python ar_model.py first"),
-    ("ar_model", ["--resume"], nothing, 1, "coarse.pt was trained with"),
-    ("aux_model", [], delete("clusters.pt"), 1, "run python cluster.py first"),
-    (
-        "aux_model",
-        [],
-        instead_of("clusters.pt", "fine.pt"),
-        1,
-        "not written by cluster",
-    ),
-    ("aux_model", [], edit("clusters.pt", codebook_id="x"), 1, "another codebook"),
-    ("sample", [], delete("fine.pt"), 1, "run python aux_model.py first"),
-    ("sample", [], delete("coarse.pt"), 1, "run python ar_model.py first"),
-    ("sample", [], edit("coarse.pt", cluster_id="x"), 1, "belongs to another cluster"),
-    ("sample", [], edit("fine.pt", cluster_id="x"), 1, "belongs to another cluster"),
-    ("sample", [], edit("coarse.pt", model={}), 1, "does not fit this code, train it"),
-    ("sample", ["--classes", "0", "3"], nothing, 1, "--classes 3: those of"),
-    (
-        "sample",
-        ["--model", "baseline"],
-        delete("baseline.pt"),
-        1,
-        "run python ar_model.py --labels fine first",
-    ),
-    ("evaluate", [], nothing, 1, "nothing to judge: run python sample.py first"),
-    ("evaluate", [], overwrite("samples.pt"), 1, "samples.pt cannot be read"),
-    ("evaluate", [], drawn("--num-samples", "1"), 1, "draw more samples"),
-    ("evaluate", [], drawn_then_trained, 1, "samples.pt is of other weights: run"),
-    ("evaluate", [], drawn_then_data_changed, 1, "has changed since python tokenizer"),
-    ("sample", ["--kept"], nothing, 1, "no copies of coarse.pt: train with --keep"),
-    ("sample", ["--kept"], copies_of_one_stage, 1, "as many copies of coarse.pt as"),
-    (
-        "evaluate",
-        ["--mean-of", "{images}", "{images}/test"],
-        nothing,
-        1,
-        "metrics.json",
-    ),
-    (
-        "evaluate",
-        ["--features", "inception", "--inception-weights", "{out}/no.pth"],
-        drawn("--num-samples", "6"),
-        1,
-        "see --inception-weights",
-    ),
+    ("cluster", delete("tokenizer.pt"), "tokenizer.pt is missing: run python token"),
+    ("cluster", delete("images.pt"), "images.pt is missing: run python tokenizer.py"),
+    ("cluster", cut_short("tokenizer.pt"), f"tokenizer.pt {BROKEN}"),
+    ("cluster", other("tokens.pt", **X), "tokens.pt belongs to another codebook (x, n"),
+    ("cluster", other("images.pt", images_id="x"), "belongs to another images (x, not"),
+    ("cluster --clusters 33", nothing, f"33 is more than the {K} codes"),
+    ("ar_model", delete("tokens.pt"), "tokens.pt is missing"),
+    ("ar_model", overwrite("tokens.pt"), f"tokens.pt {BROKEN}"),
+    ("ar_model", hostile("tokens.pt"), f"tokens.pt {BROKEN}"),
+    ("ar_model", delete("clusters.pt"), "clusters.pt is missing: run python cluster.p"),
+    ("ar_model", other("clusters.pt", **X), "clusters.pt belongs to another codebook"),
+    ("ar_model --resume", delete("coarse.pt"), "coarse.pt is missing"),
+    ("aux_model", overwrite("clusters.pt", b""), f"clusters.pt {BROKEN}"),
+    ("aux_model", other("clusters.pt", **X), "clusters.pt belongs to another codebook"),
+    ("aux_model --resume", nothing, "fine.pt was trained with"),
+    ("sample", delete("fine.pt"), "fine.pt is missing: run python aux_model.py first"),
+    ("sample", delete("coarse.pt"), "coarse.pt is missing: run python ar_model.py fi"),
+    ("sample", hostile("fine.pt"), f"fine.pt {BROKEN}"),
+    ("sample", other("tokens.pt", **X), "tokens.pt belongs to another codebook"),
+    ("sample", other("coarse.pt", cluster_id="x"), "coarse.pt belongs to another clus"),
+    ("sample", other("fine.pt", cluster_id="x"), "fine.pt belongs to another cluster"),
+    ("sample --anatomy", other("images.pt", images_id="x"), "another images (x, not"),
+    ("sample --export", delete("images.pt"), "images.pt is missing"),
+    ("sample --model baseline", delete("baseline.pt"), BASELINE),
+    ("sample --model baseline", other("baseline.pt", **X), "belongs to another codebo"),
+    ("evaluate", nothing, "has no samples: run python sample.py first"),
+    ("evaluate", overwrite("samples.pt"), f"samples.pt {BROKEN}"),
+    ("evaluate", hostile("samples.pt"), f"samples.pt {BROKEN}"),
+    ("evaluate", sampled(then=other("fine.pt", weights_id="x")), WEIGHTS),
+    ("evaluate", sampled(then=other("images.pt", images_id="x")), "another images (x"),
+    ("evaluate", sampled(then=delete("clusters.pt")), "run python cluster.py first"),
 ]
-# Through a process of its own as well: a usage error, a missing and a broken file.
-SHOWN = "--steps: 0 is not", "run python tokenizer.py first", "tokenizer.pt cannot"
-AS_PROCESSES = [next(row for row in TABLE if part in row[4]) for part in SHOWN]
-
-
-def wrong_input(row, trained, images):
-    """The script and its flags, after the files were made wrong."""
-    script, flags, prepare, _, _ = row
-    prepare(trained, images)
-    base = ["--out", "{out}"]
-    base += ["--data", "{images}", *TOKENIZER] if script == "tokenizer" else []
-    base += STAGE if script in ("ar_model", "aux_model") else []
-    base += ["--judge-steps", "2"] if script == "evaluate" else []
-    flags = [flag.format(out=trained, images=images) for flag in [*base, *flags]]
-    return script, flags
+USAGE = [
+    ("tokenizer --steps many", "invalid int value: 'many'"),
+    ("tokenizer --device abacus", "invalid choice: 'abacus'"),
+    ("cluster --data cifar10", "unrecognized arguments: --data"),
+    ("cluster --method dbscan", "invalid choice: 'dbscan'"),
+    ("ar_model --heads 3", "--dim must be a multiple of 4 x --heads, 12"),
+    ("aux_model --dim 10", "--dim must be a multiple of 4 x --heads, 8"),
+    ("sample --model vae", "invalid choice: 'vae'"),
+    ("evaluate --cfg-scales 2", "unrecognized arguments: --cfg-scales"),
+]
 
 
 def contents(folder):
-    """Every file below folder with its content, but for the judge of evaluate.py."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {p: p.read_bytes() for p in files if p.name != "classifier.pt"}
+    """Every file below folder with its content."""
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row[0]} {row[4]}")
-def test_one_line_and_nothing_touched(row, trained, images, capsys):
-    script, flags = wrong_input(row, trained, images)
+@pytest.mark.parametrize(("command", "fault", "line"), TABLE)
+def test_a_fault_is_one_line_and_nothing_is_touched(
+    command, fault, line, trained, capsys
+):
+    script, *flags = command.split()
+    fault(trained)
     before = contents(trained)
     main = importlib.import_module(script).main
-    code, message = error_of(capsys, main, *flags)
-    assert code == row[3] and row[4] in message
+    code, message = error_of(capsys, main, "--out", trained, *FLAGS[script], *flags)
+    assert code == 1 and line in message
     assert contents(trained) == before
 
 
-@pytest.mark.parametrize("row", AS_PROCESSES, ids=lambda row: row[4])
-def test_the_same_as_a_process(row, trained, images):
-    script, flags = wrong_input(row, trained, images)
-    command = [sys.executable, str(ROOT / f"{script}.py"), *flags]
+@pytest.mark.parametrize(("command", "line"), USAGE)
+def test_a_wrong_flag_is_a_usage_error(command, line, trained, images, capsys):
+    before = contents(trained)
+    script, *flags = command.split()
+    with pytest.raises(SystemExit) as exit_info:
+        run(script, trained, images, *flags)
+    assert exit_info.value.code == 2 and line in capsys.readouterr().err
+    assert contents(trained) == before
+
+
+def test_a_process_prints_nothing_but_the_line(tmp_path):
+    command = [sys.executable, str(ROOT / "evaluate.py"), "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == row[3]
-    assert done.stderr.count("\n") == 1 and row[4] in done.stderr
+    line = f"error: {tmp_path} has no samples: run python sample.py first\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
 
 
-def test_a_broken_image_is_named(trained, images, capsys):
-    for content in (b"", b"some text", (images / "test/bee/3.png").read_bytes()[:100]):
-        (images / "test" / "bee" / "3.png").write_bytes(content)
-        flags = ["--out", trained, "--data", images, *TOKENIZER]
-        tokenizer = importlib.import_module("tokenizer")
-        code, message = error_of(capsys, tokenizer.main, *flags)
-        assert code == 1 and "3.png is no readable image" in message
+def test_without_a_fault_every_script_works(tmp_path, images):
+    """So nothing above fails for another reason."""
+    for script in SCRIPTS:
+        run(script, tmp_path / "out", images)
+        for name in WRITES[script]:
+            assert (tmp_path / "out" / name).exists()
 
 
-def test_what_is_there_is_judged_after_all(trained, capsys):
-    """The table is not red for another reason: without the fault, evaluate.py works."""
-    sample.main(["--out", str(trained), "--num-samples", "6"])
-    evaluate.main(["--out", str(trained), "--judge-steps", "2"])
-    assert (trained / "metrics.json").exists()
+# ------------------------------------------------------------------------- sub-folders
+
+
+def test_a_variant_inherits_from_the_folder_above(trained, capsys):
+    variant = trained / "M8"
+    run("cluster", variant, None, "--clusters", "8")
+    run("aux_model", variant, None)
+    printed = capsys.readouterr().out
+    for name in ("images.pt", "tokenizer.pt", "tokens.pt"):
+        assert f"using {trained / name}\n" in printed
+    assert f"using {trained / 'clusters.pt'}" not in printed
+    model = torch.load(variant / "fine.pt", weights_only=True)
+    assert model["config"]["clusters"] == 8
+    # Stage 1 of the folder above was trained on other clusters.
+    code, message = error_of(capsys, sample.main, "--out", variant)
+    assert code == 1
+    assert f"{trained / 'coarse.pt'} belongs to another cluster" in message
+    run("ar_model", variant, None)
+    run("sample", variant, None)
+    run("evaluate", variant, None)
+    assert {path.name for path in variant.glob("*.pt")} == {
+        f"{name}.pt" for name in ("clusters", "fine", "coarse", "samples")
+    }
+    assert (trained / "classifier.pt").exists()  # the judge is for all variants
+
+
+# ------------------------------------------------------------------------ stopped runs
+
+
+def interrupted(monkeypatch, script, out, images, *flags):
+    """Ctrl-C in the third of 600 steps, after two steps were saved."""
+    flags = [*flags, "--steps", "600", "--save-every", "2"]
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        interrupt_at(context, 3)
+        run(script, out, images, *flags)
+
+
+def test_a_stopped_training_is_named_by_later_scripts(
+    trained, images, monkeypatch, capsys
+):
+    for script in ("ar_model", "aux_model"):
+        interrupted(monkeypatch, script, trained, images)
+    for later in ("sample", "evaluate"):
+        capsys.readouterr()
+        run(later, trained, images)
+        printed = capsys.readouterr().out
+        for name in ("coarse.pt", "fine.pt"):
+            assert f"{trained / name} is unfinished: step 2 of 600\n" in printed
+        assert printed.count("unfinished") == 2
+
+
+def test_after_a_stopped_tokenizer_the_others_mention_resume(
+    tmp_path, images, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    interrupted(monkeypatch, "tokenizer", out, images)
+    flags = ["--out", out, *FLAGS["cluster"]]
+    code, message = error_of(capsys, cluster.main, *flags)
+    resume = "run python tokenizer.py (with --resume, if it was stopped)"
+    assert code == 1 and f"tokens.pt is missing: {resume} first" in message
+    # The tokens of an earlier run do not belong to the new codebook.
+    run("tokenizer", out, images)
+    interrupted(monkeypatch, "tokenizer", out, images, "--seed", "1")
+    code, message = error_of(capsys, cluster.main, *flags)
+    assert code == 1 and "tokens.pt belongs to another codebook" in message
+    assert f"{resume} again" in message
+
+
+@pytest.mark.parametrize("script", ["tokenizer", "ar_model", "aux_model"])
+def test_a_step_is_saved_before_it_is_printed(script, trained, images, monkeypatch):
+    """python tokenizer.py --save-every 1 | head -n 1: printing fails after a line."""
+
+    def write(text):
+        if text.startswith("step 2"):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(tokenizer.tqdm, "write", write)
+    with pytest.raises(BrokenPipeError):
+        run(script, trained, images, "--steps", "3", "--save-every", "1")
+    path = trained / WRITES[script][-1]
+    assert torch.load(path, weights_only=True)["step"] == 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_results_are_saved_before_pictures_are_drawn(
+    script, trained, images, monkeypatch
+):
+    if script == "evaluate":
+        run("sample", trained, images)
+    for name in WRITES[script]:
+        (trained / name).unlink(missing_ok=True)
+
+    def save_figure(path, figure):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(tokenizer, "save_figure", save_figure)
+    with pytest.raises(OSError, match="no space left"):
+        run(script, trained, images)
+    for name in WRITES[script]:
+        path = trained / name
+        if path.suffix == ".pt":
+            torch.load(path, weights_only=True)
+        else:
+            json.loads(path.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_ends_every_script_in_one_line(script, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", interrupt)
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    assert exit_info.value.code.startswith("error: stopped (--resume continues")
+
+
+# ---------------------------------------------------------------------------- pictures
+
+DRAW = """
+import pathlib, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+import tokenizer
+images = torch.arange(2 * 8 * 8 * 3).view(2, 8, 8, 3).byte()
+row = {"step": 2, "psnr": 20.0, "perplexity": 9.0}
+history = {"loss": [2.0, 1.0], "test": [row]}
+tokenizer.plot(pathlib.Path(sys.argv[2]), history, images, images.flip(1), 10)
+"""
+
+
+def test_pictures_do_not_depend_on_settings_of_matplotlib(tmp_path):
+    """Not on a matplotlibrc, nor on a backend that is not installed."""
+    command = [sys.executable, "-c", DRAW, str(ROOT)]
+    subprocess.run([*command, "plain.png"], cwd=tmp_path, check=True)
+    settings = "text.usetex: True\nimage.origin: lower\n"
+    (tmp_path / "matplotlibrc").write_text(settings)
+    unusual = {"cwd": tmp_path, "env": os.environ | {"MPLBACKEND": "no-such-backend"}}
+    subprocess.run([*command, "unusual.png"], check=True, **unusual)
+    one, other = (tmp_path / f"{name}.png" for name in ("plain", "unusual"))
+    assert one.read_bytes() == other.read_bytes() and one.stat().st_size > 5000
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # the font lacks it: a box is drawn
+def test_class_names_are_drawn_literally(trained, images, monkeypatch):
+    monkeypatch.undo()  # quick_pictures
+    names, texts, savefig = ["$x_", "$\\frac$ $b^c$", "猫🐈"], [], Figure.savefig
+
+    def watched(figure, *args, **kwargs):
+        savefig(figure, *args, **kwargs)
+        texts.extend(text.get_text() for text in figure.findobj(Text))
+
+    monkeypatch.setattr(Figure, "savefig", watched)
+    edit(trained / "tokens.pt", class_names=names)
+    edit(trained / "images.pt", class_names=names, data="$\\x$")
+    run("sample", trained, images, "--anatomy")
+    run("evaluate", trained, images)
+    assert all(f"class {name}" in texts for name in names)
+    assert any("test images of $\\x$" in text for text in texts)
+    for name in ("samples", "anatomy", "metrics"):
+        assert (trained / f"{name}.png").stat().st_size > 5000

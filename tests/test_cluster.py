@@ -1,26 +1,20 @@
 import numpy as np
 import pytest
 import torch
+from conftest import IDS, K, M, spy
 from scipy.cluster.vq import kmeans2
 from scipy.spatial.distance import cdist
 from scipy.stats import chisquare
 
 import cluster
 import tokenizer
-from cluster import kmeans, swap_within_clusters
-from tests.conftest import IDS, K, spy
-from tokenizer import Examples
+from cluster import kmeans, kmeans_plus_plus, swap_within_clusters
+from tokenizer import Examples, load_examples
 
 
 @pytest.fixture
 def x():
     return np.random.default_rng(0).normal(size=(400, 3))
-
-
-def test_nearest_centroids_against_all_distances(x):
-    centroids = x[:30] + 0.1
-    distances = cdist(x, centroids)
-    assert (cluster.nearest_centroids(x, centroids) == distances.argmin(axis=1)).all()
 
 
 @pytest.fixture
@@ -31,6 +25,18 @@ def any_rows(monkeypatch):
         return x[rng.permutation(len(x))[:k]]
 
     monkeypatch.setattr(cluster, "kmeans_plus_plus", rows)
+
+
+# ------------------------------------------------------------------------------- k-means
+
+
+@pytest.mark.parametrize("far", [0, 1000])  # float32 would lose its digits there
+def test_the_nearest_centroid_has_the_smallest_distance(x, far):
+    centroids = x[:30] + 0.1
+    wanted = cdist(x, centroids).argmin(axis=1)
+    for nearest in (cluster.nearest_centroids, cluster.nearest_centroids_float32):
+        assignment = nearest(x + far, centroids + far)
+        assert (assignment == wanted).all() and assignment.dtype == np.int64
 
 
 def test_kmeans_against_scipy(x):
@@ -49,15 +55,14 @@ def test_kmeans_ends_at_a_fixed_point(x, any_rows):
     assignment, centroids, inertia = kmeans(x, 12, seed=1)
     distances = cdist(x, centroids)
     nearest = distances.argmin(axis=1)
-    assert (assignment == nearest).all(), "it stopped before nothing changed"
+    assert (assignment == nearest).all(), "it must go on until no assignment changes"
     for m in range(12):
         mean = x[assignment == m].mean(axis=0)
         np.testing.assert_allclose(centroids[m], mean, err_msg="not the mean")
-    # Measured before or after the last move of the centroids, the last step or the one
-    # before it: all are near.
+    # The inertia may be measured before or after the centroids move: both are near.
     least = (distances.min(axis=1) ** 2).sum()
     assert inertia[-1] == pytest.approx(least, rel=0.02)
-    assert 2 < len(inertia) < 300, "it must stop when no assignment changes"
+    assert 2 < len(inertia) < 300, "it must end when no assignment changes"
 
 
 def test_inertia_never_rises_and_no_cluster_stays_empty(x, any_rows):
@@ -78,13 +83,24 @@ def test_an_empty_cluster_takes_over_a_row():
     assert np.bincount(assignment, minlength=2).min() > 0, "a cluster stayed empty"
     for m in range(2):
         assert centroids[m] == pytest.approx(x[assignment == m].mean(axis=0))
+    equal = np.ones((10, 2))
+    assert set(kmeans(equal, 3, init=equal[:3])[0]) == {0, 1, 2}, "if all are equal"
+
+
+def test_an_empty_cluster_does_not_rob_one_of_a_single_row():
+    # The farthest row is alone in its cluster, so another row must move.
+    x = np.array([[0.0], [1.0], [100.0]])
+    init = np.array([[0.0], [60.0], [-900.0]])
+    assignment, centroids, _ = kmeans(x, 3, init=init, max_iter=1)
+    assert sorted(assignment) == [0, 1, 2], "a row was taken from a cluster of one"
+    assert sorted(centroids[:, 0]) == [0, 1, 100]
 
 
 def test_as_many_clusters_as_rows_leave_no_inertia(x, any_rows):
     assignment, _, inertia = kmeans(x[:50], 50)
     assert sorted(assignment) == list(range(50))
     assert inertia[-1] == pytest.approx(0, abs=1e-9)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="cannot make 51 clusters of 50 rows"):
         kmeans(x[:50], 51)
 
 
@@ -99,56 +115,47 @@ def test_kmeans_starts_at_the_rows_that_seeding_draws_with_its_seed(x, monkeypat
     for seed in (1, 1, 2):
         assignment, centroids, _ = kmeans(x[:40].astype(np.float32), 4, seed=seed)
     assert len(drawn) == 3, "without init it starts at the rows of kmeans_plus_plus"
-    assert drawn[0] == drawn[1] != drawn[2], "seed, and nothing else, decides the draw"
+    assert drawn[0] == drawn[1] != drawn[2], "the seed alone must decide the rows"
     assert centroids.dtype == np.float64 and assignment.dtype == np.int64
 
 
-def test_kmeans_of_equal_rows_still_fills_every_cluster():
-    assignment, _, inertia = kmeans(np.ones((10, 2)), 3)
-    assert set(assignment) == {0, 1, 2} and inertia[-1] == 0
-
-
-def test_kmeans_depends_on_the_seed_alone(x):
-    assert (kmeans(x, 20, seed=5)[0] == kmeans(x, 20, seed=5)[0]).all()
-    assert (kmeans(x, 20, seed=5)[0] != kmeans(x, 20, seed=6)[0]).any()
+# ------------------------------------------------------------------------------- seeding
 
 
 def test_seeding_draws_in_proportion_to_the_squared_distance():
-    x = np.array([[0.0], [1.0], [3.0]])
-    counts = np.zeros(3)
-    rng = np.random.default_rng(0)
-    for _ in range(4000):
-        first, second = cluster.kmeans_plus_plus(x, 2, rng)[:, 0]
-        if first == 0:
-            counts[[0, 1, 3].index(second) if second != 3 else 2] += 1
-    assert counts[0] == 0, "a row was drawn twice, at distance 0"
-    total = counts.sum()
-    assert chisquare(counts[1:], [total * 1 / 10, total * 9 / 10]).pvalue > 1e-3
+    x, rng = np.array([[0.0], [1.0], [3.0]]), np.random.default_rng(0)
+    pairs = [kmeans_plus_plus(x, 2, rng)[:, 0] for _ in range(4000)]
+    second = np.array([second for first, second in pairs if first == 0])
+    assert (second != 0).all(), "a row was chosen twice, at distance 0"
+    counts = np.array([(second == 1).sum(), (second == 3).sum()])
+    assert chisquare(counts, counts.sum() * np.array([0.1, 0.9])).pvalue > 1e-3
 
 
 def test_seeding_takes_every_distinct_row_before_any_twice():
     x = np.repeat(np.arange(6.0), 50)[:, None]
-    seeds = cluster.kmeans_plus_plus(x, 6, np.random.default_rng(0))
-    assert sorted(seeds[:, 0]) == [0, 1, 2, 3, 4, 5]
-    seeds = cluster.kmeans_plus_plus(np.ones((9, 2)), 3, np.random.default_rng(0))
-    assert seeds.tolist() == [[1, 1]] * 3, "all distances 0: any row will do"
+    rows = kmeans_plus_plus(x, 6, np.random.default_rng(0))
+    assert sorted(rows[:, 0]) == [0, 1, 2, 3, 4, 5]
+    rows = kmeans_plus_plus(np.ones((9, 2)), 3, np.random.default_rng(0))
+    assert rows.tolist() == [[1, 1]] * 3, "if all distances are 0, take any row"
 
 
 def test_the_first_row_of_seeding_is_any_row():
     x, rng = np.arange(5.0)[:, None], np.random.default_rng(0)
-    first = [int(cluster.kmeans_plus_plus(x, 2, rng)[0, 0]) for _ in range(1000)]
+    first = [int(kmeans_plus_plus(x, 2, rng)[0, 0]) for _ in range(1000)]
     counts = np.bincount(first, minlength=5)
-    assert chisquare(counts).pvalue > 1e-3, f"first rows, of 200 each: {counts}"
+    assert chisquare(counts).pvalue > 1e-3, f"first rows, not 200 each: {counts}"
 
 
 def test_seeding_draws_rows_of_x_by_rng_alone(x):
-    seeds = [
-        cluster.kmeans_plus_plus(x, 5, np.random.default_rng(seed))
-        for seed in (0, 0, 1)
-    ]
-    assert (seeds[0] == seeds[1]).all(), "the same rng must draw the same rows"
-    assert (seeds[0] != seeds[2]).any(), "rng must draw"
-    assert seeds[0].dtype == x.dtype, "rows of x, as they are"
+    one, same, other = (
+        kmeans_plus_plus(x, 5, np.random.default_rng(seed)) for seed in (0, 0, 1)
+    )
+    assert (one == same).all(), "the same rng must choose the same rows"
+    assert (one != other).any(), "rng must choose the rows"
+    assert (cdist(one, x).min(axis=1) == 0).all() and one.dtype == x.dtype
+
+
+# ----------------------------------------------------------------------------- the map g
 
 
 def test_coarse_labels_of_examples_and_back():
@@ -156,47 +163,45 @@ def test_coarse_labels_of_examples_and_back():
     fine = torch.tensor([[5, 4, 0], [1, 3, 2]])
     coarse = cluster.to_coarse(Examples(fine, torch.tensor([7, 8])), g)
     assert coarse.x.tolist() == [[2, 1, 0], [1, 0, 1]], "not the clusters of the codes"
-    assert coarse.y.tolist() == [7, 8], "the classes stay as they are"
+    assert coarse.y.tolist() == [7, 8], "the classes must stay the same"
     by_cluster, sizes = cluster.codes_of_clusters(g.numpy())
     assert by_cluster.tolist() == [0, 3, 1, 2, 4, 5], "codes of 0, then of 1, then of 2"
     assert sizes.tolist() == [2, 3, 1]
-    # Of many codes, among which an unstable sort would mix those of a cluster.
+    # Of many codes an unstable sort would mix those of one cluster.
     g = torch.from_numpy(np.random.default_rng(0).integers(5, size=200))
     fine = torch.arange(200).view(20, 10)
     kept = fine.clone()
     coarse = cluster.to_coarse(Examples(fine, torch.arange(20)), g)
     assert torch.equal(fine, kept), "the fine labels were overwritten"
-    assert coarse.x.dtype == torch.int64, "cross-entropy wants int64"
-    by_cluster, sizes = cluster.codes_of_clusters(g.numpy())
+    assert coarse.x.dtype == torch.int64, "cross-entropy needs int64"
+    by_cluster, sizes = (np.asarray(a) for a in cluster.codes_of_clusters(g.numpy()))
     wanted = sorted(range(200), key=lambda code: (g[code].item(), code))
-    assert by_cluster.tolist() == wanted, "in each cluster in rising order"
-    for codes in (by_cluster, sizes):
-        assert np.asarray(codes).dtype == np.int64
+    assert by_cluster.tolist() == wanted, "within a cluster, codes must ascend"
+    assert by_cluster.dtype == sizes.dtype == np.int64
 
 
 def test_swaps_stay_in_their_cluster_and_reach_all_of_it(monkeypatch):
     g = np.array([0, 1, 1, 0, 1, 2])
     inverse = np.array([0, 3, 1, 2, 4, 5]), np.array([2, 3, 1])
     monkeypatch.setattr(cluster, "codes_of_clusters", lambda code_to_cluster: inverse)
+
+    def swap(tokens, seed):
+        return swap_within_clusters(tokens, g, np.random.default_rng(seed))
+
     tokens = np.random.default_rng(1).integers(6, size=(3000, 4))
-    swapped = swap_within_clusters(tokens, g, np.random.default_rng(2))
-    assert swapped.shape == tokens.shape
+    swapped = swap(tokens, 2)
     assert (g[swapped] == g[tokens]).all(), "a token left its cluster"
     for code in range(6):
         members = np.flatnonzero(g == g[code])
         counts = np.bincount(swapped[tokens == code], minlength=6)[members]
         assert chisquare(counts).pvalue > 1e-3 if len(members) > 1 else counts[0] > 0
-    again = swap_within_clusters(tokens, g, np.random.default_rng(2))
-    other = swap_within_clusters(tokens, g, np.random.default_rng(3))
-    assert (swapped == again).all() and (swapped != other).any(), "rng must decide"
-    # Codes that do not occur are drawn as well, and int32 becomes int64.
-    ones = np.ones((50, 8), dtype=np.int32)
-    swapped = swap_within_clusters(ones, g, np.random.default_rng(0))
+    assert (swapped == swap(tokens, 2)).all(), "the same rng must choose the same codes"
+    assert (swapped != swap(tokens, 3)).any(), "rng must choose the codes"
+    swapped = swap(np.ones((50, 8), dtype=np.int32), 0)
     assert set(swapped.flatten().tolist()) == {1, 2, 4}, "not all codes of the cluster"
     assert swapped.dtype == np.int64
-    for some in (tokens[:, 0], tokens.reshape(-1, 2, 2)):  # tokens of any shape
-        swapped = swap_within_clusters(some, g, np.random.default_rng(0))
-        assert swapped.shape == some.shape
+    for some in (tokens, tokens[:, 0], tokens.reshape(-1, 2, 2)):  # tokens of any shape
+        assert swap(some, 0).shape == some.shape
 
 
 def test_random_clusters_have_the_same_sizes():
@@ -206,96 +211,61 @@ def test_random_clusters_have_the_same_sizes():
     assert (control == g).mean() < 0.5
 
 
-@pytest.mark.parametrize("method", ["kmeans", "random"])
-def test_cluster_writes_a_map_of_the_codebook(out, method):
-    cluster.main(["--out", str(out), "--clusters", "5", "--method", method])
-    artifact = cluster.load_clusters(out, IDS["codebook_id"])
-    g = artifact["code_to_cluster"]
-    assert g.shape == (K,) and sorted(g.unique()) == [0, 1, 2, 3, 4]
-    codebook = tokenizer.load_tokenizer(out, torch.device("cpu"))[0].codebook
-    for m in range(5):
-        mean = codebook[g == m].mean(dim=0)
-        torch.testing.assert_close(artifact["centroids"][m], mean)
-    nearest = torch.cdist(codebook, artifact["centroids"]).argmin(dim=1)
-    assert (nearest == g).all() == (method == "kmeans")
-    assert (out / "clusters.png").exists()
-
-
-def test_the_best_of_several_runs_is_kept(out):
-    codebook = tokenizer.load_tokenizer(out, torch.device("cpu"))[0].codebook
-
-    def inertia(seed, restarts):
-        flags = f"--clusters=5 --seed={seed} --restarts={restarts}".split()
-        cluster.main(["--out", str(out), *flags])
-        artifact = cluster.load_clusters(out, IDS["codebook_id"])
-        means = artifact["centroids"][artifact["code_to_cluster"]]
-        return (codebook - means).square().sum().item()
-
-    each = [inertia(seed, restarts=1) for seed in range(4)]
-    assert len(set(each)) > 1
-    assert inertia(seed=0, restarts=4) == pytest.approx(min(each))
-
-
-def test_clusters_change_their_name_with_their_content(out):
-    names = set()
-    for clusters, method in ((5, "kmeans"), (6, "kmeans"), (5, "random")):
-        cluster.main(
-            ["--out", str(out), "--clusters", str(clusters), "--method", method]
-        )
-        names.add(cluster.load_clusters(out, IDS["codebook_id"])["cluster_id"])
-    assert len(names) == 3
-
-
 # ------------------------------------------------------------------ how pieces are joined
 
 
+def run(out, *flags):
+    """Make 5 clusters; return (clusters.pt, the codebook (K, d) it belongs to)."""
+    cluster.main(["--out", str(out), "--clusters", "5", *flags])
+    artifact = tokenizer.load(out, "clusters.pt", codebook_id=IDS["codebook_id"])
+    return artifact, tokenizer.load(out, "tokenizer.pt")["model"]["codebook"]
+
+
 @pytest.mark.parametrize("method", ["kmeans", "random"])
-def test_the_picture_shows_test_images_beside_their_own_tokens(
-    out, images, monkeypatch, method
-):
-    runs = spy(monkeypatch, cluster, "kmeans")
-    shown = spy(monkeypatch, cluster, "plot_swaps")
-    flags = f"--clusters 5 --seed 7 --restarts 2 --max-iter 9 --method {method}"
-    cluster.main(["--out", str(out), *flags.split()])
-    codebook = tokenizer.load_tokenizer(out, torch.device("cpu"))[0].codebook.numpy()
-    assert [(run["k"], run["seed"], run["max_iter"]) for run in runs] == [
-        (5, 7, 9),
-        (5, 8, 9),
-    ]
-    assert all((run["x"] == codebook).all() for run in runs)
-    (call,) = shown
-    test_set, _ = tokenizer.load_images(str(images), "test", 16)
-    tokens, _ = tokenizer.load_tokens(out, "test")
-    assert torch.equal(call["images"], test_set.x[:10])
-    assert (call["fine"] == tokens.x[:10].numpy()).all()
-    assert call["model"].codebook.numpy().tolist() == codebook.tolist()
-    # In the picture the clusters are those of k-means, whatever is written.
-    best = min((kmeans(codebook, 5, seed, max_iter=9) for seed in (7, 8)), key=last)
-    assert (call["code_to_cluster"] == best[0]).all()
-    written = cluster.load_clusters(out, IDS["codebook_id"])
-    assert written["method"] == method
-    if method == "kmeans":
-        assert written["inertia"] == pytest.approx(best[2])
-        assert written["code_to_cluster"].tolist() == best[0].tolist()
+def test_the_best_run_is_kept_or_shuffled(out, monkeypatch, method):
+    runs, shown = (spy(monkeypatch, cluster, n) for n in ("kmeans", "swapped_images"))
+    drawn = spy(monkeypatch, cluster, "plot_swaps")
+    flags = ["--seed", "7", "--restarts", "3", "--method", method]
+    artifact, codebook = run(out, *flags)
+    assert [(call["k"], call["seed"]) for call in runs] == [(5, 7), (5, 8), (5, 9)]
+    assert all((call["x"] == codebook.numpy()).all() for call in runs)
+    each = [kmeans(codebook.numpy(), 5, seed) for seed in (7, 8, 9)]
+    best, _, inertia = min(each, key=lambda one: one[2][-1])
+    assert inertia[-1] < each[0][2][-1], "the first is the best: choose another --seed"
+    g = artifact["code_to_cluster"]
+    assert (g.numpy() == best).all() == (method == "kmeans")
+    assert (g.bincount() == torch.from_numpy(np.bincount(best))).all()
+    means = torch.stack([codebook[g == m].mean(dim=0) for m in range(5)])
+    torch.testing.assert_close(artifact["centroids"], means)
+    wanted = (codebook - means[g]).square().sum().item()
+    assert artifact["inertia"][-1] == pytest.approx(wanted, rel=1e-5)
+    assert len(artifact["inertia"]) == (len(inertia) if method == "kmeans" else 1)
+    assert artifact["method"] == method
+    # The picture shows k-means clusters in either case.
+    (call,), (picture,) = shown, drawn
+    images, tokens = (load_examples(out, f"{n}.pt")[1] for n in ("images", "tokens"))
+    assert torch.equal(call["images"], images.x[:10])
+    assert torch.equal(call["fine"], tokens.x[:10])
+    assert torch.equal(call["model"].codebook, codebook)
+    assert (call["code_to_cluster"] == best).all()
+    assert torch.equal(picture["rows"]["original"], images.x[:10])
+    assert (out / "clusters.png").exists()
 
 
-def last(run):
-    return run[2][-1]
+def test_clusters_change_their_id_with_their_content(out):
+    variants = [], ["--clusters", "6"], ["--method", "random"]
+    assert len({run(out, *flags)[0]["cluster_id"] for flags in variants}) == 3
 
 
-def test_an_empty_cluster_does_not_rob_one_of_a_single_row():
-    # The farthest row is alone in its cluster: the next one has to give.
-    x = np.array([[0.0], [1.0], [100.0]])
-    init = np.array([[0.0], [60.0], [-900.0]])
-    assignment, centroids, _ = kmeans(x, 3, init=init, max_iter=1)
-    assert sorted(assignment) == [0, 1, 2], "a row was taken from a cluster of one"
-    assert sorted(centroids[:, 0]) == [0, 1, 100]
-
-
-def test_the_centroids_of_the_control_are_the_means_of_its_clusters(out):
-    cluster.main(["--out", str(out), "--clusters", "5", "--method", "random"])
-    artifact = cluster.load_clusters(out, IDS["codebook_id"])
-    codebook = tokenizer.load_tokenizer(out, torch.device("cpu"))[0].codebook
-    means = artifact["centroids"][artifact["code_to_cluster"]]
-    wanted = (codebook - means).square().sum().item()
-    assert artifact["inertia"] == [pytest.approx(wanted, rel=1e-5)]
+def test_the_picture_shows_swaps_within_both_kinds_of_clusters(out, monkeypatch):
+    # Tokens in place of the images that they stand for.
+    monkeypatch.setattr(cluster, "reconstruct", lambda model, fine: fine)
+    model, _ = tokenizer.load_tokenizer(out, torch.device("cpu"))
+    fine, g = torch.arange(K).repeat(3, 9), np.arange(K) % M
+    images = torch.randint(256, (3, 8, 8, 3), dtype=torch.uint8)
+    rows = cluster.swapped_images(model, images, fine, g, np.random.default_rng(0))
+    original, same, similar, unlike = rows.values()
+    assert torch.equal(original, images) and torch.equal(same, fine)
+    assert (g[similar] == g[fine]).all() and len(rows) == 4
+    assert (similar != fine).any() and (g[unlike] == g[fine]).mean() < 0.5
+    assert "k-means" in list(rows)[2] and "random" in list(rows)[3]

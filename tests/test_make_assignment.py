@@ -1,31 +1,23 @@
 import ast
-import importlib.util
+import importlib
 import inspect
 import json
-import textwrap
+import os
+import subprocess
+import sys
 
+import make_assignment
 import pytest
-
-from tests import make_assignment
-from tests.make_assignment import (
-    EXERCISES,
-    ROOT,
-    STAGES,
-    blank,
-    find,
-    main,
-    run_tests,
-    write_assignment,
-)
+from make_assignment import EXERCISES, ROOT, SCRIPTS, blank, find, main, run_tests
 
 
 def sources(folder):
-    return {stage: (folder / f"{stage}.py").read_text("utf-8") for stage in STAGES}
+    return {name: (folder / f"{name}.py").read_text("utf-8") for name in SCRIPTS}
 
 
 @pytest.mark.parametrize("name", EXERCISES)
 def test_an_exercise_keeps_all_but_the_solution(name):
-    exercise, before = EXERCISES[name], sources(ROOT)[EXERCISES[name].stage]
+    exercise, before = EXERCISES[name], sources(ROOT)[EXERCISES[name].script]
     after = blank(before, exercise)
     functions = exercise.functions
     for function in functions:
@@ -33,7 +25,10 @@ def test_an_exercise_keeps_all_but_the_solution(name):
         assert ast.unparse(old.args) == ast.unparse(new.args)
         assert ast.get_docstring(old) == ast.get_docstring(new)
         assert len(new.body) == 2 and isinstance(new.body[1], ast.Raise)
-    # What is before and after is the same, line by line.
+        (said,) = new.body[1].exc.args
+        assert new.body[1].exc.func.id == "NotImplementedError"
+        assert said.value == exercise.task
+    # The lines before and after the functions are identical.
     one, two = before.splitlines(), after.splitlines()
     old, new = find(before, functions[0]), find(after, functions[0])
     assert one[: old.lineno] == two[: new.lineno]
@@ -41,71 +36,36 @@ def test_an_exercise_keeps_all_but_the_solution(name):
     assert one[old.end_lineno :] == two[new.end_lineno :]
 
 
-def test_the_copy_says_what_to_do(tmp_path):
-    write_assignment(tmp_path / "copy", ["guidance", "swap"])
-    copy, original = sources(tmp_path / "copy"), sources(ROOT)
-    changed = {stage for stage in STAGES if copy[stage] != original[stage]}
-    assert changed == {"ar_model", "cluster"}
-    path = tmp_path / "copy" / "ar_model.py"
-    spec = importlib.util.spec_from_file_location("students", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with pytest.raises(NotImplementedError, match="towards those with it, and beyond"):
-        module.guide(1.0, 2.0, 3.0)
-    assert not (tmp_path / "copy" / "tests" / "make_assignment.py").exists()
-    readme = (tmp_path / "copy" / "README.md").read_text("utf-8")
-    assert "make_assignment" not in readme and "For a course" not in readme
-    assert "## One image, stage by stage\n" in readme and "\n## Citation\n" in readme
-    assert "inertia.append" not in readme and "debugger first" not in readme, (
-        "where to set breakpoints shows solutions"
-    )
-    assert "| `evaluate.py` |" in readme
-    sheet = (tmp_path / "copy" / "ASSIGNMENT.md").read_text("utf-8")
-    assert sheet.index("guidance (1 point") < sheet.index("swap (4 points")
-    assert "pytest tests/test_ar_model.py -k" in sheet and "5 points" in sheet
-
-
-def students(folder, **functions):
-    """The solution, in which functions of ar_model.py are defined once more at its end."""
-    write_assignment(folder, [])
-    with open(folder / "ar_model.py", "a") as file:
-        file.writelines(
-            "\n\n" + textwrap.dedent(source) for source in functions.values()
-        )
-    return folder
-
-
-def test_marks_of_a_right_and_a_wrong_solution(tmp_path, monkeypatch):
-    wrong = "def guide(cond, uncond, scale):\n    return cond * scale\n"
-    folder = students(tmp_path / "copy", guide=wrong)
-    # A student who edits the tests gains nothing.
-    (folder / "tests" / "test_ar_model.py").write_text(
-        "def test_guidance_formula(): pass"
-    )
-    monkeypatch.chdir(tmp_path)
-    some = "guidance", "key-value-cache"
-    main(["--grade", str(folder), "--exercise", *some])
-    guidance, cache = json.loads((tmp_path / "results.json").read_text())["tests"]
-    assert cache["score"] == cache["max_score"] == 4 and cache["status"] == "passed"
-    assert guidance["score"] == 0 and guidance["status"] == "failed"
-    assert "scale 0 forgets the class" in guidance["output"]
-
-
-def test_an_endless_loop_costs_its_exercise(tmp_path, monkeypatch):
-    (tmp_path / "tests").mkdir()
-    loop = "def test_it():\n    while True:\n        pass\n"
-    (tmp_path / "tests" / "test_loop.py").write_text(loop)
-    assert run_tests(tmp_path, ["loop"], limit=4) is None
-    monkeypatch.setattr(make_assignment, "run_tests", lambda *args: None)
-    (mark,) = make_assignment.grade(tmp_path, 4, ["guidance"])
-    assert mark["score"] == 0 and "endless loop" in mark["output"]
-
-
 def test_the_tests_that_the_table_names_exist():
     for exercise in EXERCISES.values():
-        module = importlib.import_module(f"tests.test_{exercise.stage}")
+        module = importlib.import_module(f"test_{exercise.script}")
         for test in exercise.tests:
             assert inspect.isfunction(getattr(module, test))
+
+
+def test_a_copy_has_a_sheet_and_no_solutions(tmp_path):
+    main([str(tmp_path / "copy"), "--exercise", "guidance", "swap"])
+    copy, original = sources(tmp_path / "copy"), sources(ROOT)
+    changed = {name for name in SCRIPTS if copy[name] != original[name]}
+    assert changed == {"ar_model", "cluster"}
+    assert not (tmp_path / "copy" / "tests" / "make_assignment.py").exists()
+    sheet = (tmp_path / "copy" / "ASSIGNMENT.md").read_text("utf-8")
+    assert sheet.index("guidance (1 point") < sheet.index("swap (4 points")
+    assert "    pytest tests/test_ar_model.py -k" in sheet and "5 points" in sheet
+
+
+def test_the_students_readme_does_not_show_where_solutions_stand():
+    columns = "| file | writes | first breakpoint | look at |\n|---|---|---|---|\n"
+    readme = f"# CTF\n\n{columns}| a.py | a.pt | `solution` | `x` |\n\n"
+    readme += "| other | table |\n|---|---|\n| 1 | 2 |\n"
+    course = "\n## For a course\n\nmake_assignment.py\n\n```sh\n# comment\n```\n"
+    rest = "\n## Citation\n\nText.\n"
+    wanted = "# CTF\n\n| file | writes |\n|---|---|\n| a.py | a.pt |\n\n"
+    wanted += "| other | table |\n|---|---|\n| 1 | 2 |\n\n"
+    students = make_assignment.students_readme
+    assert students(readme + course + rest) == wanted + rest[1:]
+    assert students(readme + course) == wanted
+    assert students(rest) == rest
 
 
 def test_a_copy_replaces_nothing(tmp_path, capsys):
@@ -115,3 +75,107 @@ def test_a_copy_replaces_nothing(tmp_path, capsys):
             main([str(flag) for flag in flags])
         assert exit_info.value.code == 2
     assert not any((tmp_path / "copy").iterdir()) and not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The results of a submission with several mistakes: {exercise: result}."""
+    folder = tmp_path_factory.mktemp("submission")
+    additions = {
+        "tokenizer": "\nimport sys\nsys.exit(0)\n",
+        "cluster": "\nimport not_handed_in\n",
+        "ar_model": "\nfrom my_guidance import guide\n",
+        "aux_model": "\ndef broken(:\n",
+    }
+    for name, source in sources(ROOT).items():
+        text = source + additions.get(name, "")
+        (folder / f"{name}.py").write_text(text, "utf-8")
+    wrong = "def guide(cond, uncond, scale):\n    return cond * scale\n"
+    (folder / "my_guidance.py").write_text(wrong)
+    # A student who edits the tests gains nothing.
+    (folder / "tests").mkdir()
+    passes = "def test_guidance_formula(): pass\n"
+    (folder / "tests" / "test_ar_model.py").write_text(passes)
+    names = ["guidance", "key-value-cache", "codebook-update", "seeding", "fine-loss"]
+    with pytest.MonkeyPatch.context() as context:
+        context.chdir(folder)
+        main(["--grade", str(folder), "--exercise", *names])
+    tests = json.loads((folder / "results.json").read_text())["tests"]
+    assert [result["name"] for result in tests] == names
+    return {result["name"]: result for result in tests}
+
+
+def test_each_exercise_is_graded_alone(results):
+    """The submission has errors in all other scripts, and a module of its own."""
+    cache, guidance = results["key-value-cache"], results["guidance"]
+    assert cache["score"] == cache["max_score"] == 4 and cache["status"] == "passed"
+    assert guidance["score"] == 0 and guidance["status"] == "failed"
+    assert "scale 0 " in guidance["output"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("codebook-update", "pytest ended with exit code 0:\nnothing was printed"),
+        ("seeding", "No module named 'not_handed_in'"),
+        ("fine-loss", "SyntaxError: "),
+    ],
+)
+def test_tests_that_do_not_run_have_a_reason(results, name, reason):
+    result = results[name]
+    assert result["score"] == 0 and result["status"] == "failed"
+    assert result["output"].count("not run") == len(EXERCISES[name].tests)
+    assert reason in result["output"]
+
+
+def test_an_endless_loop_costs_its_exercise(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    loop = "def test_it():\n    while True:\n        pass\n"
+    (tmp_path / "tests" / "test_loop.py").write_text(loop)
+    found, why = run_tests(tmp_path, ["loop"], limit=2)
+    assert found == {} and why.startswith("time limit: stopped after 2 s")
+    monkeypatch.setattr(make_assignment, "run_tests", lambda *_: (found, why))
+    (result,) = make_assignment.grade(ROOT, ["guidance"], 2, 1)
+    assert result["score"] == 0 and why in result["output"]
+
+
+@pytest.mark.parametrize("name", ["submission/ar_model.py", "ar_model (1).py", ""])
+def test_missing_files_are_named_and_nothing_is_graded(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "unzipped" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("") if name else path.mkdir()
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--grade", "unzipped", "--exercise", "guidance", "swap"])
+    there = name.split("/")[0] or "nothing"
+    line = f"unzipped lacks ar_model.py, cluster.py; it contains {there}"
+    assert exit_info.value.code == f"error: nothing graded: {line}"  # exit code 1
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("quota", "jobs"), [("50000 100000", 1), ("300000 100000", 3), ("max 100000", 4)]
+)
+def test_jobs_are_the_cpus_that_may_be_used(tmp_path, monkeypatch, quota, jobs):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
+    monkeypatch.setattr(make_assignment, "QUOTA", tmp_path / "cpu.max")
+    assert make_assignment.usable_cpus() == 4  # no such file: not in a container
+    (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert make_assignment.usable_cpus() == jobs
+
+
+def test_pytest_tests_works_wherever_the_clone_is(tmp_path):
+    """Below settings of pytest for another project, as a package by accident, and with
+    a copy for students inside."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --cov=src\n")
+    clone = tmp_path / "clone"
+    make_assignment.write_assignment(clone, [])
+    (clone / "__init__.py").touch()
+    make_assignment.write_assignment(clone / "homework", ["guidance"])
+    command = [sys.executable, "-m", "pytest", "tests", "--collect-only", "-q"]
+    for folder in (clone, clone / "homework"):
+        printed = subprocess.check_output(command, cwd=folder, text=True)
+        assert "test_ar_model.py::test_guidance_formula" in printed
+        assert "homework" not in printed
+    for file in (".ci/run", ".github/workflows/tests.yml"):
+        assert "pytest tests" in (ROOT / file).read_text("utf-8")
