@@ -51,12 +51,13 @@ def rotary_table(grid, head_dim, base=10_000):
     """Cosines and sines of the 2D rotary positions: float32 (2, T + 1, head_dim / 2).
 
     Half of the angles are proportional to the row, half to the column, at decreasing
-    frequencies. Position 0 is the class token. It is not in the grid: its angles are 0.
+    frequencies. Position 0 is the class token. It is not in the grid: its angles are 0,
+    like those of the token in row 0, column 0.
     """
     h, w = grid
     n = head_dim // 4  # head_dim / 2 pairs, half of them for the row
     frequencies = base ** -(torch.arange(n) / n)  # (head_dim / 4,), 1 and below
-    row = torch.arange(h).repeat_interleave(w)  # (T,): 0 0 0 1 1 1
+    row = torch.arange(h).repeat_interleave(w)  # (T,): for a 2x3 grid 0 0 0 1 1 1
     column = torch.arange(w).repeat(h)  # (T,): 0 1 2 0 1 2
     row_angles = row[:, None] * frequencies  # (T, head_dim / 4)
     column_angles = column[:, None] * frequencies
@@ -80,8 +81,8 @@ def rotate(x, rotary):
 class Cache:
     """The keys and values of all tokens so far, in one layer.
 
-    With a cache, a new token costs one step. Without, it costs a pass over all tokens
-    before it.
+    With a cache, a new token costs a pass over a single position. Without, it costs a
+    pass over all positions so far.
     """
 
     def __init__(self, capacity):
@@ -114,7 +115,8 @@ class Block(nn.Module):
         self.heads = heads
         self.causal = causal
         # SwiGLU has three matrices. With 8/3 dim they have as many weights as the two
-        # of a plain MLP with 4 dim. Rounded up to LlamaGen's 256, or 64 if small.
+        # of a plain MLP with 4 dim. Rounded up to a multiple of 256 (LlamaGen), or of
+        # 64 in a small model.
         multiple = 256 if dim >= 512 else 64
         hidden = math.ceil(8 * dim / 3 / multiple) * multiple
         self.attention_norm = nn.RMSNorm(dim, eps=1e-5)
@@ -154,7 +156,7 @@ class ARModel(nn.Module):
         super().__init__()
         self.config = config
         dim = config.dim
-        # One more embedding, num_classes, is the null class for guidance.
+        # One more, with index num_classes: the null class, "no class" (see guide).
         self.class_embedding = nn.Embedding(config.num_classes + 1, dim)
         self.token_embedding = nn.Embedding(config.vocabulary, dim)
         blocks = [Block(dim, config.heads, causal=True) for _ in range(config.layers)]
@@ -223,8 +225,8 @@ def filter_logits(logits, top_k=0, top_p=1.0):
     top_k keeps the k largest logits; 0, or V and more, is off. top_p then keeps the
     smallest set of largest logits whose probabilities sum to top_p or more; 1 is off.
     The probabilities are the softmax of what top_k has kept. The largest logit is
-    always kept. Among equal logits at the edge, any may be kept, but top_p keeps no
-    more than it needs. Some logits may be -inf already. The caller's tensor is not
+    always kept. Of equal logits at the edge, top_k may keep all, top_p keeps only as
+    many as it needs. Some logits may be -inf already. The caller's tensor is not
     modified.
     """
     if 0 < top_k < logits.shape[-1]:
@@ -242,8 +244,7 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 
 def draw(logits, generator):
-    """Sample an index int64 (...,) from softmax(logits) for each row of logits (...,
-    V).
+    """Sample indices int64 (...,) from softmax(logits), logits (..., V).
 
     By the Gumbel-max trick: add independent Gumbel noise, -ln(-ln u) with u uniform in
     0..1, to every logit. Then the argmax is index i with probability
@@ -286,14 +287,14 @@ def generate(model, y, generator, cfg_scale=1.0, temperature=1.0, top_k=0, top_p
 
 
 def drop_classes(y, num_classes, rng):
-    """Replace 10% of the classes y (B,) by the null class, num_classes. Guidance needs
-    predictions without a class too."""
+    """Replace 10% of the classes y (B,) by the null class, num_classes."""
     dropped = torch.from_numpy(rng.random(len(y)) < 0.1).to(y.device)
     return y.masked_fill(dropped, num_classes)
 
 
 def adamw(model):
-    """AdamW with LlamaGen's settings: weight decay on matrices, none on norm gains."""
+    """AdamW with LlamaGen's settings: weight decay on matrices, none on norm gains. The
+    learning rate is set at every step."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.05}]
@@ -313,7 +314,7 @@ def mean_loss(model, tokens, y):
 
 
 def parse_args(parser, defaults, argv):
-    """The flags in argv, including the size of a Transformer; defaults: its config."""
+    """The flags in argv, with the size of a Transformer. defaults: its config class."""
     add = parser.add_argument
     add("--layers", type=int, default=defaults.layers, help="Transformer layers")
     add("--dim", type=int, default=defaults.dim, help="width of the Transformer")
@@ -340,9 +341,11 @@ def main(argv=None):
         g = clusters["code_to_cluster"]  # (K,)
         train_set, test_set = to_coarse(train_set, g), to_coarse(test_set, g)
         ids["cluster_id"] = clusters["cluster_id"]
-        V, path = len(clusters["centroids"]), args.out / "coarse.pt"  # M
+        V = len(clusters["centroids"])  # M
+        path = args.out / "coarse.pt"
     else:
-        V, path = artifact["codebook_size"], args.out / "baseline.pt"  # K
+        V = artifact["codebook_size"]  # K
+        path = args.out / "baseline.pt"
     train_set, test_set = train_set.to(device), test_set.to(device)
 
     torch.manual_seed(args.seed)
@@ -361,7 +364,7 @@ def main(argv=None):
     bar = tqdm(range(first, args.steps), path.stem, args.steps, initial=first)
     for step in bar:
         began = time.perf_counter()
-        # Seeded by the step, so that --resume draws what it would have drawn.
+        # Seeded by the step, so that --resume continues with the same batches.
         rng = np.random.default_rng((args.seed, step))
         tokenizer.set_learning_rate(optimizer, step, args)
         tokens, y = train_set.batch(rng, args.batch_size)

@@ -1,7 +1,8 @@
 """Stage 2: a bidirectional model that predicts all fine labels at once.
 
-p(q_i | c_1 .. c_T, y) for all tokens i in one pass with full attention, trained by
-cross-entropy (arXiv 2503.16194, figure 1c). The paper's softmax is over all K codes.
+p(q_i | c_1 .. c_T, y), where q_i is the fine and c_i the coarse label of token i, for
+all i in one pass with full attention, trained by cross-entropy (arXiv 2503.16194,
+figure 1c). The paper's softmax is over all K codes.
 Here it is over the codes of the cluster c_i, which contains q_i: the logits of all
 other codes are masked.
 
@@ -56,17 +57,16 @@ class AuxModel(nn.Module):
     """The Transformer of stage 1 without the causal mask. Coarse labels in; for each
     token, the logits of the codes of its cluster out.
 
-    code_to_cluster int64 (K,) is the map g. Its inverse is a table, members int64 (M,
-    S): row m lists the codes of cluster m in ascending order, then -1 up to the size S
-    of the largest cluster. With g = [0, 1, 1, 0, 1, 1], members is [[0, 3, -1, -1], [1,
-    2, 4, 5]].
+    code_to_cluster int64 (K,) is the map g. Its inverse is the table members (M, S):
+    row m lists the codes of cluster m in ascending order, and -1 up to the size S of
+    the largest cluster. With g = [0, 1, 1, 0, 1], members = [[0, 3, -1], [1, 2, 4]].
     """
 
     def __init__(self, config, code_to_cluster):
         super().__init__()
         self.config = config
         dim = config.dim
-        # One more embedding, num_classes, is the null class for guidance.
+        # One more, with index num_classes: the null class, "no class" (see guide).
         self.class_embedding = nn.Embedding(config.num_classes + 1, dim)
         self.token_embedding = nn.Embedding(config.clusters, dim)
         blocks = [Block(dim, config.heads, causal=False) for _ in range(config.layers)]
@@ -92,8 +92,8 @@ class AuxModel(nn.Module):
             x = block(x, self.rotary)  # (B, T + 1, dim)
         x = self.norm(x[:, 1:])  # (B, T, dim): without the class token
         on_cpu = x.device.type == "cpu"
-        head = self.cluster_logits_on_cpu if on_cpu else self.cluster_logits
-        logits = head(x.flatten(0, 1), coarse.flatten())  # (B*T, S)
+        compute = self.cluster_logits_on_cpu if on_cpu else self.cluster_logits
+        logits = compute(x.flatten(0, 1), coarse.flatten())  # (B*T, S)
         return logits.unflatten(0, coarse.shape)
 
     def cluster_logits(self, x, coarse):
@@ -104,7 +104,8 @@ class AuxModel(nn.Module):
         return logits.float().masked_fill(members < 0, MASKED)
 
     def cluster_logits_on_cpu(self, x, coarse):
-        """The same logits as cluster_logits, nine times as fast on a CPU.
+        """The same logits as cluster_logits, nine times as fast on a CPU. (Skip this on
+        a first reading.)
 
         Instead of all n K logits it computes only those of each token's own cluster:
         one product per cluster, of the features of its tokens with the weights of its
@@ -223,7 +224,7 @@ def main(argv=None):
     bar = tqdm(range(first, args.steps), "fine", args.steps, initial=first)
     for step in bar:
         began = time.perf_counter()
-        # Seeded by the step, so that --resume draws what it would have drawn.
+        # Seeded by the step, so that --resume continues with the same batches.
         rng = np.random.default_rng((args.seed, step))
         tokenizer.set_learning_rate(optimizer, step, args)
         fine, y = train_set.batch(rng, args.batch_size)

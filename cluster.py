@@ -9,7 +9,7 @@ token carries most of the information, and can be predicted first.
     python cluster.py --out out/random --method random     # the paper's control
 
 Reads images.pt, tokenizer.pt and tokens.pt; writes clusters.pt (code_to_cluster is g)
-and clusters.png (figure 1b), in seconds.
+and clusters.png (figure 1b). It takes seconds.
 
 An example with K = 6 and M = 2: code_to_cluster = [0, 1, 1, 0, 1, 0]. The fine label 4
 has the coarse label 1. Stage 1 (ar_model.py) predicts the coarse label 1. Stage 2
@@ -49,7 +49,7 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
     previous = None
     inertia = []
     for _ in range(max_iter):
-        assignment = nearest_centroids_float32(x, centroids)
+        assignment = nearest_centroids(x, centroids)
         distance = ((x - centroids[assignment]) ** 2).sum(axis=1)  # (n,)
         sizes = np.bincount(assignment, minlength=k)
         for empty in np.flatnonzero(sizes == 0):
@@ -96,22 +96,6 @@ def nearest_centroids(x, centroids):
     return distances.argmin(axis=1)
 
 
-def nearest_centroids_float32(x, centroids):
-    """The same as nearest_centroids (up to near ties), 3 times as fast.
-
-    It is in float32, which is exact enough once the data are centred at the origin. A
-    column of ones turns both terms into one matrix product. 128 rows at a time stay in
-    the CPU's cache.
-    """
-    centre = x.mean(axis=0)
-    x, centroids = x - centre, centroids - centre
-    x1 = np.concatenate([x, np.ones((len(x), 1))], axis=1, dtype=np.float32)
-    norms = (centroids**2).sum(axis=1)[None]
-    c1 = np.concatenate([-2 * centroids.T, norms], dtype=np.float32)  # (d + 1, k)
-    rows = (x1[i : i + 128] for i in range(0, len(x), 128))
-    return np.concatenate([(part @ c1).argmin(axis=1) for part in rows])
-
-
 def cluster_means(x, assignment, sizes):
     """The mean (k, d) of the rows of x (n, d) in each cluster; sizes (k,) above 0."""
     k = len(sizes)
@@ -131,7 +115,7 @@ def to_coarse(examples, code_to_cluster):
 
 
 def codes_of_clusters(code_to_cluster):
-    """The inverse of the map g, which is integers (K,) with values 0 .. M - 1.
+    """The codes of each cluster: the inverse of g, a numpy array (K,) of 0 .. M - 1.
 
     Returns by_cluster int64 (K,): the fine labels in cluster 0 in ascending order, then
     those in cluster 1, and so on; and sizes int64 (M,): the number of codes per
@@ -146,15 +130,16 @@ def codes_of_clusters(code_to_cluster):
 def swap_within_clusters(tokens, code_to_cluster, rng):
     """Replace every token by a random code from the same cluster (figure 1b).
 
-    tokens: fine labels, integers of any shape; code_to_cluster: integers (K,); rng: a
-    numpy Generator. Returns fine labels int64 of the shape of tokens. Every token is
-    sampled independently and uniformly from all codes of its cluster, including itself
-    and codes that do not occur in tokens.
+    tokens: a numpy array of fine labels, of any shape; code_to_cluster: a numpy array
+    (K,); rng: a numpy Generator. Returns fine labels int64 of the shape of tokens.
+    Every token is sampled independently and uniformly from all codes of its cluster:
+    its own code is among them, and codes that do not occur in tokens.
     """
     by_cluster, sizes = codes_of_clusters(code_to_cluster)
     starts = sizes.cumsum() - sizes  # (M,): where each cluster starts in by_cluster
     coarse = code_to_cluster[tokens]
-    return by_cluster[starts[coarse] + rng.integers(sizes[coarse])]
+    place = rng.integers(sizes[coarse])  # in the cluster: 0 .. size - 1
+    return by_cluster[starts[coarse] + place]
 
 
 def random_clusters(code_to_cluster, rng):
@@ -186,7 +171,8 @@ def main(argv=None):
 
     seeds = range(args.seed, args.seed + args.restarts)
     runs = [kmeans(codebook, M, seed) for seed in seeds]
-    code_to_cluster, centroids, inertia = min(runs, key=lambda run: run[2][-1])
+    last_inertia = lambda run: run[2][-1]
+    code_to_cluster, centroids, inertia = min(runs, key=last_inertia)
     sizes = np.bincount(code_to_cluster, minlength=M)
     print(f"{M} clusters of {sizes.min()} to {sizes.max()} codes")
     steps = f"{len(inertia)} steps, best of {args.restarts} runs"
@@ -195,6 +181,7 @@ def main(argv=None):
     print(f"{share:.1%} of the variance of the codebook is within clusters")
 
     rng = np.random.default_rng(args.seed)
+    # The picture shows k-means and random clusters, whatever --method saves.
     rows = swapped_images(model, images.x[:10], tokens.x[:10], code_to_cluster, rng)
     if args.method == "random":
         code_to_cluster = random_clusters(code_to_cluster, rng)
@@ -243,7 +230,7 @@ def plot_swaps(path, title, rows):
     """clusters.png: a row of images for each of rows, {name: images (n, H, W, 3)}."""
     figure = Figure(figsize=(12, 5))
     figure.suptitle(title)
-    grid = figure.subplots(4, len(rows["original"]), squeeze=False)
+    grid = figure.subplots(len(rows), len(rows["original"]), squeeze=False)
     for axes, (name, row) in zip(grid, rows.items()):
         axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for ax, image in zip(axes, row.numpy()):

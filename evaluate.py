@@ -1,8 +1,8 @@
 """Evaluation: judge the samples in one folder, and the controls they are compared with.
 
-Fréchet distance, Inception Score, precision, recall, class accuracy and bits per token.
-The controls are real images, reconstructions, the two swaps of figure 1b, and stage 2
-alone.
+Fréchet distance (FD), Inception Score (IS), precision, recall, class accuracy and bits
+per token. The controls are real images, reconstructions, the two swaps of figure 1b,
+and stage 2 alone.
 
     python evaluate.py                      # judges samples.pt and samples-baseline.pt
     python evaluate.py --out out/cfg3       # those in the sub-folder
@@ -39,9 +39,10 @@ from tokenizer import fail, psnr, reconstruct, to_float
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) of Gaussians (Heusel et al. 2017).
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) of Gaussians (Heusel et al. 2017,
+    equation 6).
 
-    Equation 6. mu1, mu2 (F,); covariances sigma1, sigma2 (F, F), singular or not.
+    mu1, mu2 (F,); covariances sigma1, sigma2 (F, F), singular or not.
     Returns a float, never nan or complex.
     """
     # The trace of (S1 S2)^1/2 is the sum of the square roots of the eigenvalues of S1
@@ -169,7 +170,7 @@ def train_classifier(train_set, num_classes, steps, seed, device, B=128):
         rng = np.random.default_rng((seed, step))
         images, y = train_set.batch(rng, B).to(device)
         x = to_float(images)
-        blurred, noisy = x[: B // 2], x[B // 4 : 3 * B // 4]
+        blurred, noisy = x[: B // 2], x[B // 4 : 3 * B // 4]  # views of x
         noise = torch.from_numpy(rng.standard_normal(noisy.shape, np.float32))
         blurred.copy_(gaussian_blur(blurred, 3, rng.uniform(0.3, 1.0)))
         noisy += rng.uniform(0, 0.2) * noise.to(device)
@@ -195,9 +196,8 @@ def look(judge, images, device):
 
 
 class Real:
-    """The real images that sets of N images are compared with, by their features (N',
-    F): all of them for the Fréchet distance, the first N for precision and recall
-    (recall grows with the number of samples, so both sets must be of the same size)."""
+    """The test images, as features (N', F). The Fréchet distance uses all of them;
+    precision and recall the first N, since both sets must be of the same size."""
 
     def __init__(self, features, N, device):
         self.mu, self.sigma = gaussian(features)
@@ -252,11 +252,13 @@ def bits_per_token(models, fine, y):
 
 def swaps(vqvae, fine, clusters, seed):
     """Images uint8 (N, H, W, 3) of fine labels (N, T) swapped within clusters (figure
-    1b): {"k-means": images, "random": images}; clusters: the artifact."""
+    1b): {"random": images, "k-means": images}, or only "random" if the artifact
+    clusters is of random ones."""
     rng = np.random.default_rng(seed)
     g = clusters["code_to_cluster"].numpy()
-    maps = {"random": random_clusters(g, rng)}
-    maps["k-means" if clusters["method"] == "kmeans" else "random"] = g
+    maps = {"random": random_clusters(g, rng), "k-means": g}
+    if clusters["method"] == "random":
+        maps = {"random": g}
     images = {}
     for name, code_to_cluster in maps.items():
         swapped = swap_within_clusters(fine.cpu().numpy(), code_to_cluster, rng)
@@ -354,12 +356,13 @@ def warn_of_shares(name, y, test_y, class_names):
 def judge_all(args, device):
     """Everything that metrics.json holds: the protocol, and a row for each set."""
     sets = sample_sets(args.out, device)
-    vqvae, facts = sets[0][1]["vqvae"], sets[0][2]["vqvae"]
-    ids = {"codebook_id": facts["codebook_id"]}
+    _, models, artifacts = sets[0]
+    vqvae, images_id = models["vqvae"], artifacts["vqvae"]["images_id"]
+    ids = {"codebook_id": artifacts["vqvae"]["codebook_id"]}
     _, tokens, _ = tokenizer.load_examples(args.out, "tokens.pt", **ids)
     clusters = tokenizer.load(args.out, "clusters.pt", **ids)
     train_set, test_set, data = tokenizer.load_examples(
-        args.out, "images.pt", images_id=facts["images_id"]
+        args.out, "images.pt", images_id=images_id
     )
     class_names = data["class_names"]
     if len(class_names) < 2:
@@ -426,9 +429,9 @@ def main(argv=None):
     path = args.out / "metrics.json"
     path.write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
     print(f"\n{markdown_table(metrics['rows'])}\n\n{caption(metrics['protocol'])}.")
-    accuracy, quality = (metrics["protocol"][k] for k in ("judge_accuracy", "psnr"))
-    print(f"The judge is right on {accuracy:.2%} of the test images.")
-    print(f"Reconstructions of all test images: {quality:.2f} dB.")
+    protocol = metrics["protocol"]
+    print(f"The judge is right on {protocol['judge_accuracy']:.2%} of the test images.")
+    print(f"Reconstructions of all test images: {protocol['psnr']:.2f} dB.")
     plot_metrics(args.out / "metrics.png", metrics)
     print(f"wrote metrics.json and metrics.png to {args.out}")
 
@@ -464,7 +467,7 @@ def markdown_table(rows):
 
 
 def color_of(name):
-    """The colour of a set of images in all pictures, by the beginning of its name."""
+    """The colour of a set of images, by the beginning of its name."""
     colors = {"CTF": "tab:orange", "baseline": "tab:blue", "stage 2": "tab:olive"}
     colors |= {"swapped within k-means": "tab:green", "swapped within r": "tab:red"}
     found = [color for start, color in colors.items() if name.startswith(start)]

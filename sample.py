@@ -6,10 +6,11 @@ over the fine labels themselves.
     python sample.py                                 # 2,000 images of all classes
     python sample.py --classes 3 cat --cfg-scales 4  # by number or name, more guidance
     python sample.py --cfg-scales 1 2 3              # to out/cfg1, out/cfg2, out/cfg3
-    python sample.py --fine-top-k 0                  # sampled fine labels, as the paper
-    python sample.py --num-samples 50000 --export    # for the papers' own evaluators
+    python sample.py --fine-top-k 0                  # sampled fine labels (the paper)
+    python sample.py --num-samples 50000 --export    # files for other FID programs
 
-Reads tokenizer.pt, tokens.pt, clusters.pt, coarse.pt and fine.pt (or baseline.pt).
+Reads tokenizer.pt, tokens.pt, clusters.pt, coarse.pt and fine.pt (or baseline.pt), and
+images.pt for --anatomy and --export.
 Writes samples.pt (images uint8 (N, H, W, 3), classes (N,), coarse and fine labels (N,
 T)) and samples.png, or samples-baseline.pt and .png. With --anatomy also anatomy.png,
 with --export also the folder export/. About 150 images/s on two CPU cores.
@@ -62,7 +63,7 @@ def sample_images(models, y, generator, settings, fine_settings):
         if "aux" in models:
             coarse = generate(models["ar"], y, generator, **settings)  # T steps: (B, T)
             aux = models["aux"]
-            fine = predict_fine(aux, coarse, y, generator, **fine_settings)  # + 1
+            fine = predict_fine(aux, coarse, y, generator, **fine_settings)  # 1 step
         else:
             coarse = None
             fine = generate(models["ar"], y, generator, **settings)
@@ -132,6 +133,7 @@ def name_of(samples):
     if samples["model"] == "ctf":
         how = "argmax" if fine["top_k"] == 1 else "sampled"
         name = f"CTF, {how} fine labels"
+        # "argmax" and "sampled" already say a top_k of 1 and 0.
         usual = FINE_SETTINGS | {"top_k": min(fine["top_k"], 1)}
         changed |= {f"fine {key}": v for key, v in fine.items() if v != usual[key]}
     name += f", guidance {settings['cfg_scale']:g}"
@@ -141,24 +143,26 @@ def name_of(samples):
 
 def parse_args(argv):
     """The flags in argv."""
-    parser = tokenizer.command_line(__doc__)
-    add, on, off = parser.add_argument, SETTINGS, FINE_SETTINGS
+    parser, stage1, stage2 = tokenizer.command_line(__doc__), SETTINGS, FINE_SETTINGS
+    add = parser.add_argument
     add("--model", choices=["ctf", "baseline"], default="ctf", help="what to sample")
     add("--num-samples", type=int, default=2000, help="number of images")
     add("--batch-size", type=int, default=100, help="images per batch")
     add("--classes", nargs="+", help="names or numbers (default: as in the test set)")
     what = "guidance of stage 1; 1 is off; several: a folder cfg* for each"
-    add("--cfg-scales", type=float, nargs="+", default=[on["cfg_scale"]], help=what)
+    add("--cfg-scales", type=float, nargs="+", default=[stage1["cfg_scale"]], help=what)
     what = "temperature of stage 1"
-    add("--temperature", type=float, default=on["temperature"], help=what)
-    add("--top-k", type=int, default=on["top_k"], help="top-k of stage 1; 0 is off")
-    add("--top-p", type=float, default=on["top_p"], help="top-p of stage 1; 1 is off")
+    add("--temperature", type=float, default=stage1["temperature"], help=what)
+    what = "top-k of stage 1; 0 is off"
+    add("--top-k", type=int, default=stage1["top_k"], help=what)
+    what = "top-p of stage 1; 1 is off"
+    add("--top-p", type=float, default=stage1["top_p"], help=what)
     what = "guidance of stage 2; 1 is off"
-    add("--fine-cfg-scale", type=float, default=off["cfg_scale"], help=what)
+    add("--fine-cfg-scale", type=float, default=stage2["cfg_scale"], help=what)
     what = "temperature of stage 2"
-    add("--fine-temperature", type=float, default=off["temperature"], help=what)
+    add("--fine-temperature", type=float, default=stage2["temperature"], help=what)
     what = "top-k of stage 2; 1 is the argmax, 0 is off"
-    add("--fine-top-k", type=int, default=off["top_k"], help=what)
+    add("--fine-top-k", type=int, default=stage2["top_k"], help=what)
     add("--export", action="store_true", help="also write .npz and PNG files")
     add("--anatomy", action="store_true", help="also write anatomy.png")
     args = parser.parse_args(argv)
@@ -167,9 +171,7 @@ def parse_args(argv):
     if not 0 < args.top_p <= 1:
         parser.error("--top-p must be above 0 and at most 1")
     if args.fine_top_k == 1 and args.fine_temperature != 1:
-        parser.error(
-            "--fine-temperature has no effect on an argmax: add --fine-top-k 0"
-        )
+        parser.error("--fine-temperature needs --fine-top-k 0: it is an argmax now")
     if args.anatomy and args.model == "baseline":
         parser.error("--anatomy shows both stages, and the baseline has only one")
     return args
@@ -190,6 +192,8 @@ def main(argv=None):
     y = choose_classes(args.classes, args.num_samples, tokens.y, class_names)
     fine_settings = {name: getattr(args, f"fine_{name}") for name in FINE_SETTINGS}
     same = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
+    if args.export:
+        export(args.out / "export" / "real", real.x)
     for scale in args.cfg_scales:
         settings = {"cfg_scale": scale, **same}
         images, coarse, fine, speed = sample_batches(
@@ -215,7 +219,6 @@ def main(argv=None):
         print(f"wrote {path}: {speed:.0f} images/s")
         if args.export:
             export(out / "export" / path.stem, images)
-            export(out / "export" / "real", real.x)
         title = f"{name_of(samples)}, seed {args.seed}"
         plot_samples(path.with_suffix(".png"), title, images, y, class_names)
         if args.anatomy:
@@ -248,7 +251,7 @@ def choose_classes(wanted, count, test_classes, class_names):
 
 def export(folder, images):
     """Write images uint8 (N, H, W, 3) to folder.npz (as arr_0) and to folder/*.png."""
-    shutil.rmtree(folder, ignore_errors=True)  # a longer, earlier run
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier run may have more images
     folder.mkdir(parents=True)
     np.savez(f"{folder}.npz", arr_0=images.numpy())
     for i, image in enumerate(tqdm(images.numpy(), f"write {folder}")):
@@ -321,13 +324,11 @@ def anatomy(models, image, fine, y, rng):
     logits = models["ar"](coarse[:, :-1], y), aux(coarse, y)
     for stage, stage_logits in enumerate(logits, start=1):
         bits = entropy(stage_logits[0])  # (T,)
-        pictures[f"entropy of stage {stage}\nmean {bits.mean():.1f} bits"] = bits.view(
-            grid
-        )
+        name = f"entropy of stage {stage}\nmean {bits.mean():.1f} bits"
+        pictures[name] = bits.view(grid)
     for n in (T // 4, T // 2, 3 * T // 4, T):
-        pictures[f"decoded from the\nfirst {n} tokens"] = decode_prefix(vqvae, fine, n)[
-            0
-        ]
+        name = f"decoded from the\nfirst {n} tokens"
+        pictures[name] = decode_prefix(vqvae, fine, n)[0]
     own = g.cpu().numpy()
     for name, clusters in (("k-means", own), ("random", random_clusters(own, rng))):
         swapped = swap_within_clusters(fine.cpu().numpy(), clusters, rng)
@@ -349,7 +350,8 @@ def plot_anatomy(path, title, models, pairs, y, rng):
     for panels, (name, (image, fine)) in zip((grid[:2], grid[2:]), pairs.items()):
         pictures = anatomy(models, image, fine.to(device), y.to(device), rng)
         axes = list(panels.flat)
-        bar = axes.pop(5).inset_axes([0.1, 0, 0.1, 1])  # beside the entropies
+        # 11 pictures in 12 panels: the sixth holds the colour bar of the entropies.
+        bar = axes.pop(5).inset_axes([0.1, 0, 0.1, 1])
         for ax, (panel_title, picture) in zip(axes, pictures.items()):
             shown = ax.imshow(picture, vmin=0, vmax=most_bits)
             ax.set_title(panel_title)

@@ -2,16 +2,19 @@
 
 An encoder turns an image into a grid of vectors. Each vector is replaced by the nearest
 of K codebook vectors, its *code*. A decoder turns the grid of codes back into an image.
-The index of a code is the token's *fine label*. CTF (arXiv 2503.16194) starts from such
-a tokenizer with a large codebook. VQ-VAE: van den Oord et al. 2017. As in LlamaGen
-(arXiv 2406.06525), the codes are unit vectors of only d = 8 dimensions.
+The index of a code is the token's *fine label*. CTF, coarse-to-fine token prediction
+(arXiv 2503.16194), starts from such a tokenizer with a large codebook. VQ-VAE: van den
+Oord et al. 2017. As in LlamaGen (arXiv 2406.06525), the codes are unit vectors of only
+d = 8 dimensions.
 
     python tokenizer.py                   # coloured digits, 32x32 pixels -> 8x8 tokens
     python tokenizer.py --data cifar10    # or mnist, fashion_mnist, a folder of classes
 
 Reads the images; writes to --out: images.pt (the images, decoded once for all scripts),
 tokenizer.pt, tokens.pt (the fine labels of all images) and tokenizer.png. On two CPU
-cores: 4 minutes, 27 dB on the test images, nearly all of the 4096 codes in use.
+cores: 4 minutes, 27 dB (PSNR) on the test images, nearly all of the 4096 codes in use.
+The method is in the first part of the file. From "Images" on, it is data and what all
+scripts share.
 
 One image followed through all files: the first of the test set, a 0, is (3, 32, 32).
 The encoder halves its height and width twice, to (48, 16, 16) and (96, 8, 8), and ends
@@ -23,7 +26,8 @@ codes into an image again, with 28.0 dB. (All numbers of this example are from o
 Another CPU rounds differently and ends with other codes.)
 
 Axis legend of all files: B batch, N images, T tokens, C channels, H W pixels, h w token
-grid, K codes, M clusters, d code dimension, V vocabulary of the model at hand. y is the
+grid, K codes, M clusters, S codes in the largest cluster, d code dimension, V
+vocabulary of the model at hand, F features. y is the
 class of an image: what the image shows. A label is always the label of a token.
 """
 
@@ -38,7 +42,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-if "IPython" not in sys.modules:  # a notebook's plotting backend, inherited by !python
+if "IPython" not in sys.modules:  # "!python" inherits a backend that it may lack
     os.environ.pop("MPLBACKEND", None)
 import matplotlib
 import numpy as np
@@ -79,20 +83,20 @@ class ResBlock(nn.Module):
 
 
 class Down(nn.Sequential):
-    """Halve the size: (B, before, H, W) -> (B, width, H / 2, W / 2)."""
+    """Halve the size: (B, outer, H, W) -> (B, inner, H / 2, W / 2)."""
 
-    def __init__(self, before, width):
-        halve = nn.Conv2d(before, width, 4, stride=2, padding=1)
-        super().__init__(halve, ResBlock(width))
+    def __init__(self, outer, inner):
+        halve = nn.Conv2d(outer, inner, 4, stride=2, padding=1)
+        super().__init__(halve, ResBlock(inner))
 
 
 class Up(nn.Sequential):
-    """Double the size: (B, width, H / 2, W / 2) -> (B, before, H, W)."""
+    """Double the size: (B, inner, H / 2, W / 2) -> (B, outer, H, W)."""
 
-    def __init__(self, width, before):
+    def __init__(self, inner, outer):
         # PixelShuffle turns 4 channels of a cell into 2x2 pixels.
-        expand = nn.Conv2d(width, 4 * before, 3, padding=1)
-        super().__init__(ResBlock(width), expand, nn.PixelShuffle(2))
+        expand = nn.Conv2d(inner, 4 * outer, 3, padding=1)
+        super().__init__(ResBlock(inner), expand, nn.PixelShuffle(2))
 
 
 class VQVAE(nn.Module):
@@ -102,15 +106,15 @@ class VQVAE(nn.Module):
         super().__init__()
         self.config = config
         halvings = config.downsample.bit_length() - 1  # downsample is 2 ** halvings
-        # By default the widths are [48, 96]. A convolution needs at least 16 channels.
+        # By default the widths are [48, 96]. Fewer than 16 channels would be too few.
         widths = [max(16, config.channels // 2**i) for i in reversed(range(halvings))]
         downs, ups = [], []
-        before = 3
-        for width in widths:  # encoder 3 -> 48 -> 96, decoder 96 -> 48 -> 3
-            downs.append(Down(before, width))
-            ups.append(Up(width, before))
-            before = width
-        inner, d = widths[-1], config.code_dim
+        outer = 3
+        for inner in widths:  # encoder 3 -> 48 -> 96, decoder 96 -> 48 -> 3
+            downs.append(Down(outer, inner))
+            ups.append(Up(inner, outer))
+            outer = inner
+        d = config.code_dim
         to_codes = nn.Conv2d(inner, d, 1)
         from_codes = nn.Conv2d(d, inner, 3, padding=1)
         self.encoder = nn.Sequential(*downs, nn.SiLU(), to_codes)
@@ -145,8 +149,8 @@ class VQVAE(nn.Module):
         """
         vectors = as_rows(z.detach())  # (B*T, d)
         # For unit vectors |z - e|^2 = 2 - 2 z.e, so the nearest code has the largest
-        # dot product. The table (B*T, K) is computed in chunks of rows: of 4 MB on a
-        # CPU, which fit in its cache, and larger ones that keep a GPU busy.
+        # dot product. The float32 table (B*T, K) is computed in chunks of rows: 4 MB
+        # on a CPU, to fit in its cache; 1 GB on a GPU, to keep it busy.
         chunk = (2**20 if z.device.type == "cpu" else 2**28) // len(self.codebook)
         with torch.autocast(z.device.type, enabled=False):
             nearest = [
@@ -190,7 +194,7 @@ class VQVAE(nn.Module):
 
         z (B, d, h, w) and fine (B, T) come from one batch; rng is a numpy Generator. A
         code becomes the direction of the EMA of the sum of its vectors. A code is dead
-        if the EMA of its count is below dead times the mean over all codes. It is
+        if the EMA of its count is below the fraction dead of the mean count. It is
         re-initialised to a random vector of z. Without that, most of a large codebook
         would never be used.
         """
@@ -199,7 +203,6 @@ class VQVAE(nn.Module):
         sums = torch.zeros_like(self.moving_sum).index_add_(0, fine, vectors)  # (K, d)
         self.moving_count.lerp_(counts.float(), 1 - decay)
         self.moving_sum.lerp_(sums, 1 - decay)
-        # The mean is sum / count. Its direction is that of the sum.
         self.codebook.copy_(F.normalize(self.moving_sum, dim=1))
         is_dead = self.moving_count < dead * self.moving_count.mean()
         which = is_dead.nonzero()[:, 0]
@@ -266,7 +269,7 @@ def to_uint8(x):
 def tokenize(model, images):
     """Images uint8 (N, H, W, 3) -> their fine labels int64 (N, T)."""
     parts = [model.encode(to_float(part)) for part in images.split(model.at_once)]
-    return torch.cat([model.quantize(z)[1] for z in parts])
+    return torch.cat([model.quantize(z)[1] for z in parts])  # 1: fine labels
 
 
 @torch.no_grad()
@@ -344,7 +347,7 @@ def main(argv=None):
     bar = tqdm(range(first, args.steps), "tokenizer", args.steps, initial=first)
     for step in bar:
         began = time.perf_counter()
-        # Seeded by the step, so that --resume draws what it would have drawn.
+        # Seeded by the step, so that --resume continues with the same batches.
         rng = np.random.default_rng((args.seed, step))
         set_learning_rate(optimizer, step, args)
         if step == codebook_after:
@@ -366,7 +369,7 @@ def main(argv=None):
             checkpoint["codebook_id"] = short_hash(model.codebook)
             save_checkpoint(path, model, optimizer, checkpoint, args, measured)
 
-    model.eval()
+    # Without autocast: fine labels are found in float32.
     fine, test_fine = tokenize(model, train_set.x), tokenize(model, test_set.x)
     save(
         args.out / "tokens.pt",
@@ -421,10 +424,10 @@ class Examples(NamedTuple):
 
 def interleave(examples):
     """The same Examples in an order in which the classes alternate: for every n, the
-    first n examples have the classes in the proportions of the whole set."""
+    first n have the classes in the proportions of the whole set (up to rounding)."""
     due = torch.empty(len(examples.y), dtype=torch.float64)
     for number, count in enumerate(examples.y.bincount()):
-        # Example j of a class with count examples is due after this part of the whole.
+        # Example j of a class stands at this fraction, 0..1, of the new order.
         due[examples.y == number] = (torch.arange(count) + 0.5).double() / count
     order = due.argsort(stable=True)
     return Examples(examples.x[order], examples.y[order])
@@ -466,10 +469,7 @@ def read_folder(root, image_size):
     files, class_names = find_images(root)
     resize = Compose([Resize(image_size), CenterCrop(image_size)])
 
-    def read(file):
-        """The image of a pair (path, class number)."""
-        return np.array(resize(read_image(file[0])))
-
+    read = lambda pair: np.array(resize(read_image(pair[0])))
     sets = []
     for pairs in files:
         images = np.empty((len(pairs), image_size, image_size, 3), np.uint8)
@@ -553,8 +553,7 @@ GLYPH_FONTS = (
 
 
 def paint_glyphs(count, image_size, seed):
-    """Digits in bright colours on dark gradients, slightly rotated, slanted and
-    shifted.
+    """Bright digits on dark gradients, slightly rotated, slanted, zoomed and shifted.
 
     Returns images uint8 (count, H, W, 3) and their digits int64 (count,). Every digit
     occurs equally often. The same seed paints the same images (up to the rounding of
@@ -686,8 +685,8 @@ def record(checkpoint, loss, began, bar, args):
 
 
 def copy_due(step, args):
-    """The number, 1 to --keep, of the copy to keep after this step; 0 if there is
-    none."""
+    """Which of the --keep evenly spaced copies is due after this step; 0 if none is.
+    With --keep 3 in 600 steps: 1, 2, 3 after steps 200, 400, 600."""
     number = step * args.keep // args.steps
     return number if number > (step - 1) * args.keep // args.steps else 0
 
@@ -715,8 +714,8 @@ def start_or_resume(path, model, optimizer, args, ids):
 
 
 def save_checkpoint(path, model, optimizer, checkpoint, args, measured):
-    """Save what later scripts and --resume need, and a copy if one is due. measured:
-    {name: number} of test images."""
+    """Add measured, {name: number} of test images, to the history, and save what later
+    scripts and --resume need; also a copy of --keep, if one is due."""
     step, rows = checkpoint["step"], checkpoint["history"]["test"]
     rows.append({"step": step, "seconds": checkpoint["seconds"], **measured})
     if len(rows) == 1:  # the first save of a new run
@@ -732,7 +731,7 @@ def save_checkpoint(path, model, optimizer, checkpoint, args, measured):
 
 
 def set_aside(path):
-    """Rename what an earlier run left to NAME.old.pt: path, if that run was finished,
+    """Rename to NAME.old.pt what an earlier run wrote: path, if that run was finished,
     and its kept copies."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -771,8 +770,9 @@ def find(out, name):
 
 
 def load(out, name, **ids):
-    """The artifact that find returns, on the CPU. Fails if it is missing, unreadable,
-    or has other ids (images_id, codebook_id, cluster_id) than these."""
+    """The artifact, a dict, in the file that find returns, on the CPU; that file is its
+    "path". Fails if it is missing, unreadable, or has other ids than these (images_id,
+    codebook_id, cluster_id)."""
     path = find(out, name)
     script = WRITTEN_BY.get(name, "sample.py")
     if not path.exists():
@@ -872,7 +872,7 @@ def pick_device(name):
 
 def to_device(model, device):
     """model on device, with its convolutions in channels_last order: 3 times as fast on
-    a CPU. (Not on MPS, where that order is young.)"""
+    a CPU. (Not on MPS, where that order is new.)"""
     order = torch.preserve_format if device.type == "mps" else torch.channels_last
     return model.to(device, memory_format=order)
 
@@ -880,7 +880,9 @@ def to_device(model, device):
 def autocast(device):
     """A context in which a GPU with native bfloat16 multiplies matrices in bfloat16.
     Elsewhere it does nothing: products are in float32."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )
     return torch.autocast(device.type, torch.bfloat16, enabled=native)
 
 
@@ -894,7 +896,7 @@ def run(main):
     try:
         main()
     except KeyboardInterrupt:
-        fail("stopped (--resume continues a training from its last save)")
+        fail("stopped (--resume continues training from the last save)")
 
 
 if __name__ == "__main__":
