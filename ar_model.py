@@ -95,7 +95,7 @@ class Cache:
         tokens so far, each (B, heads, tokens so far, head_dim).
 
         n may be more than one. The results have the dtype of k and v, which is bfloat16
-        under autocast. At most capacity tokens are appended in total.
+        under autocast. No more than capacity tokens may be appended in total.
         """
         if self.kv is None:  # allocated once: torch.cat would copy it for every token
             B, heads, _, head_dim = k.shape

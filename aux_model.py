@@ -39,7 +39,7 @@ from ar_model import Block, draw, drop_classes, filter_logits, guide, rotary_tab
 
 # The logit of a code outside the cluster: its probability is exactly 0, as with -inf.
 # But guidance subtracts logits, and -inf - -inf is nan.
-MASKED = -1e9
+MASKED = -1e30
 
 
 @dataclass
@@ -125,9 +125,9 @@ class AuxModel(nn.Module):
 
 
 def fine_loss(model, fine, y):
-    """Mean cross-entropy in nats of the fine labels (B, T) within their clusters, given
-    the coarse labels and the classes y (B,): a 0-d tensor with a gradient. And the
-    top-1 accuracy, a float or a 0-d tensor, without a gradient."""
+    """How well fine labels (B, T) are predicted from their coarse labels and the
+    classes y (B,). Returns the mean cross-entropy in nats within the clusters, a 0-d
+    tensor with a gradient; and the top-1 accuracy, a float or a 0-d tensor."""
     coarse = model.code_to_cluster[fine]  # (B, T)
     logits = model(coarse, y)  # (B, T, S)
     # The right answer as an index into the logits: where fine stands in its cluster.
@@ -141,9 +141,9 @@ def fine_loss(model, fine, y):
 def predict_fine(model, coarse, y, generator, cfg_scale=1.0, temperature=1.0, top_k=0):
     """All fine labels in one pass: coarse (B, T), classes y (B,) -> fine int64 (B, T).
 
-    A fine label always lies in its coarse cluster. The order: guide (1 is off; any
-    other scale acts, also below 1), divide by the temperature, top-k, sample. top_k 1
-    is the argmax. All randomness comes from generator.
+    A fine label always lies in its coarse cluster. The order: guide (1 is off), divide
+    by the temperature, top-k, sample. top_k 1 is the argmax, 0 is off. All randomness
+    comes from generator.
     """
     if cfg_scale == 1:
         logits = model(coarse, y)  # (B, T, S)

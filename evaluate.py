@@ -185,8 +185,8 @@ def train_classifier(train_set, num_classes, steps, seed, device, B=128):
 
 @torch.no_grad()
 def look(judge, images, device):
-    """Images uint8 (N, H, W, 3) -> the judge's features (N, 128) and logits (N,
-    classes), float64 arrays."""
+    """Images uint8 (N, H, W, 3) -> float64 arrays of the judge: features (N, 128) and
+    logits (N, classes)."""
     parts = [judge(to_float(part.to(device))) for part in images.split(250)]
     features, logits = (torch.cat(part).cpu().double().numpy() for part in zip(*parts))
     return features, logits
@@ -203,7 +203,8 @@ class Real:
         self.mu, self.sigma = gaussian(features)
         self.some = features[:N]
         self.device = "cuda" if device.type == "cuda" else "cpu"  # MPS has no float64
-        self.radius = neighbour_radius(self.some, 3, self.device)
+        k = 3  # as in precision_recall
+        self.radius = neighbour_radius(self.some, k, self.device)
 
 
 def measure(images, y, judge, real, device):
@@ -225,8 +226,7 @@ def measure(images, y, judge, real, device):
 
 
 def class_accuracy(logits, y):
-    """The share of images for which the argmax of logits (N, classes) is the class y
-    (N,)."""
+    """The share of images whose class y (N,) is the argmax of logits (N, classes)."""
     return float((logits.argmax(1) == y.numpy()).mean())
 
 
@@ -323,7 +323,7 @@ def sample_sets(out, device):
 
 
 def describe(samples, models, artifacts):
-    """What metrics.json says about a sample file besides its scores."""
+    """The facts about a sample file in metrics.json, besides its scores."""
     stages = [name for name in ("ar", "aux") if name in models]
     parameters = [p.numel() for stage in stages for p in models[stage].parameters()]
     return {
@@ -440,7 +440,7 @@ def main(argv=None):
 
 
 def caption(protocol):
-    """What all rows have in common."""
+    """The number of images and the data set, the same for all rows."""
     text = f"{protocol['num_samples']} images per row against {protocol['num_real']} "
     return text + f"test images of {protocol['data']}"
 

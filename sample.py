@@ -11,9 +11,9 @@ over the fine labels themselves.
 
 Reads tokenizer.pt, tokens.pt, clusters.pt, coarse.pt and fine.pt (or baseline.pt), and
 images.pt for --anatomy and --export.
-Writes samples.pt (images uint8 (N, H, W, 3), classes (N,), coarse and fine labels (N,
-T)) and samples.png, or samples-baseline.pt and .png. With --anatomy also anatomy.png,
-with --export also the folder export/. About 150 images/s on two CPU cores.
+Writes samples.pt and samples.png, or samples-baseline.pt and .png: images uint8
+(N, H, W, 3), classes (N,), coarse and fine labels (N, T). With --anatomy also
+anatomy.png, with --export also the folder export/. About 150 images/s on two CPU cores.
 
 One image from beginning to end: class 0. 64 steps of stage 1, with and without the
 class as a batch of two, sample 64 coarse labels, 23, 103, 103, 106, ..., among them 96
@@ -356,7 +356,8 @@ def plot_anatomy(path, title, models, pairs, y, rng):
             shown = ax.imshow(picture, vmin=0, vmax=most_bits)
             ax.set_title(panel_title)
             if picture.ndim == 2:
-                figure.colorbar(shown, cax=bar, label="entropy, bits")
+                entropies = shown
+        figure.colorbar(entropies, cax=bar, label="entropy, bits")
         axes[0].set_title(name)
     tokenizer.save_figure(path, figure)
 

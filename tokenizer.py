@@ -298,7 +298,8 @@ def parse_args(argv):
     add("--data", default="glyphs", help=what)
     add("--image-size", type=int, default=default.image_size, help="pixels")
     what = "pixels per token, along each side"
-    add("--downsample", type=int, choices=[2, 4, 8, 16], default=4, help=what)
+    sides = [2, 4, 8, 16]
+    add("--downsample", type=int, choices=sides, default=default.downsample, help=what)
     add("--channels", type=int, default=default.channels, help="network width")
     add("--codebook-size", type=int, default=default.codebook_size, help="K")
     add("--code-dim", type=int, default=default.code_dim, help="d")
@@ -503,7 +504,7 @@ def find_images(root):
             if not files.get(name):
                 fail(f"{root}: no {split} images of class {name}; expected {LAYOUT}")
         own = [(path, y) for y, name in enumerate(names) for path in files[name]]
-        order = np.random.default_rng(0).permutation(len(own))
+        order = np.random.default_rng(0).permutation(len(own))  # neighbours look alike
         pairs.append([own[i] for i in order])
     return pairs, names
 
@@ -574,7 +575,7 @@ def paint_glyphs(count, image_size, seed):
     # Three colours per image: the ink and both ends of the background gradient.
     hue = rng.random((count, 3))
     saturation = rng.uniform(0.6, 1, (count, 3))
-    value = rng.uniform((1, 0, 0), (1, 0.35, 0.35), (count, 3))
+    value = rng.uniform((1, 0, 0), (1, 0.35, 0.35), (count, 3))  # bright ink, dark ends
     colors = hsv_to_rgb(np.stack([hue, saturation, value], axis=-1))
     colors = torch.from_numpy(colors).float()[..., None, None]  # (count, 3, rgb, 1, 1)
     angle = torch.from_numpy(rng.uniform(0, 2 * np.pi, (count, 1, 1, 1))).float()
@@ -660,8 +661,9 @@ def learning_rate(step, steps, peak, warmup=50):
 
 def set_learning_rate(optimizer, step, args):
     """Set the learning rate of this step."""
+    rate = learning_rate(step, args.steps, args.lr)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args.steps, args.lr)
+        group["lr"] = rate
 
 
 def clip_gradients(model, step, path):
@@ -784,10 +786,9 @@ def load(out, name, **ids):
         fail(f"{path} is unreadable ({kind}): run python {script} again")
     artifact["path"] = path
     for key, value in ids.items():
-        found, kind = artifact.get(key), key.removesuffix("_id")
-        if found != value:
-            other = f"another {kind} ({found}, not {value})"
-            fail(f"{path} belongs to {other}: run python {script} again")
+        if artifact.get(key) != value:
+            differs = f"{key} {artifact.get(key)}, not {value}"
+            fail(f"{path} does not belong here ({differs}): run python {script} again")
     if "step" in artifact and artifact["step"] < artifact["settings"]["steps"]:
         steps = artifact["settings"]["steps"]
         print(f"{path} is unfinished: step {artifact['step']} of {steps}")
@@ -795,8 +796,8 @@ def load(out, name, **ids):
 
 
 def load_examples(out, name, **ids):
-    """(training Examples, test Examples, the artifact) of images.pt (images uint8 (N,
-    H, W, 3)) or tokens.pt (fine labels int64 (N, T)); ids as for load."""
+    """(training Examples, test Examples, the artifact) of images.pt, with images uint8
+    (N, H, W, 3), or tokens.pt, with fine labels int64 (N, T); ids as for load."""
     artifact = load(out, name, **ids)
     return Examples(*artifact["train"]), Examples(*artifact["test"]), artifact
 
