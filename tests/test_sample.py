@@ -179,9 +179,22 @@ def test_a_kept_copy_is_sampled_with_what_the_folder_above_has(trained, capsys):
     printed = capsys.readouterr().out
     assert f"using {trained / 'fine.pt'}" in printed
     assert f"{kept / 'coarse.pt'} is unfinished: step 3 of 7" in printed
-    edit(kept / "coarse.pt", cluster_id="others")  # of another map than fine.pt above
-    code, message = error_of(capsys, sample.main, "--out", kept)
-    assert code == 1 and "coarse.pt belongs to another cluster" in message
+
+
+def test_a_name_says_how_samples_differ_from_the_defaults():
+    def name(model="ctf", settings=(), **fine):
+        settings = SETTINGS | dict(settings)
+        both = {"settings": settings, "fine_settings": FINE_SETTINGS | fine}
+        return sample.name_of({"model": model, **both})
+
+    assert name() == "CTF, argmax fine labels, guidance 2"
+    assert name(top_k=0) == "CTF, sampled fine labels, guidance 2"
+    assert name("baseline") == "baseline, guidance 2"
+    warm = {"cfg_scale": 1.5, "temperature": 0.5, "top_p": 0.9}
+    text = "guidance 1.5, temperature 0.5, top_p 0.9"
+    assert name("baseline", warm) == f"baseline, {text}"
+    text = f"CTF, sampled fine labels, {text}, fine cfg_scale 3, fine top_k 5"
+    assert name("ctf", warm, cfg_scale=3.0, top_k=5) == text
 
 
 def test_classes_are_those_of_the_test_set_or_those_asked_for(trained, capsys):
@@ -194,11 +207,9 @@ def test_classes_are_those_of_the_test_set_or_those_asked_for(trained, capsys):
     edit(trained / "tokens.pt", test=(torch.randint(K, (4, T)), test_y))
     assert run(trained)["classes"].tolist() == [2, 0, 0, 1, 2, 0]
     for wrong in ("3", "dog", "-1"):
-        code, message = error_of(
-            capsys, sample.main, "--out", trained, "--classes", wrong
-        )
-        assert code == (2 if wrong == "-1" else 1)
-        assert code == 2 or f"--classes {wrong}: no such class; there are" in message
+        flags = "--out", trained, "--classes", wrong
+        code, message = error_of(capsys, sample.main, *flags)
+        assert code == 1 and f"--classes {wrong}: no such class; there are" in message
 
 
 @pytest.mark.parametrize(
@@ -208,7 +219,7 @@ def test_classes_are_those_of_the_test_set_or_those_asked_for(trained, capsys):
         (["--top-p", "95"], "--top-p must be above 0 and at most 1"),
         (["--temperature", "0"], "a temperature must be above 0"),
         (["--fine-temperature", "0"], "a temperature must be above 0"),
-        (["--fine-temperature", "2"], "no effect on an argmax: add --fine-top-k 0"),
+        (["--fine-temperature", "2"], "--fine-temperature needs --fine-top-k 0"),
         (["--model", "baseline", "--anatomy"], "the baseline has only one"),
     ],
 )
@@ -220,7 +231,7 @@ def test_settings_without_a_meaning_are_usage_errors(flags, text, capsys):
 
 def test_export_writes_samples_and_real_images(trained):
     def stored(name):
-        """The images of export/name.npz, which must equal those of export/name/*.png."""
+        """The images of export/name.npz, which must equal export/name/*.png."""
         images = np.load(trained / "export" / f"{name}.npz")["arr_0"]
         paths = sorted((trained / "export" / name).iterdir())
         assert [path.name for path in paths] == [
@@ -340,27 +351,23 @@ def test_the_anatomy_is_of_a_real_image_and_of_a_sample_of_one_class(
 ):
     calls = spy(monkeypatch, sample, "anatomy")
     saved = spy(monkeypatch, sample.tokenizer, "save_figure")
-    _, test_set, _ = load_examples(trained, "images.pt")
-    _, tokens, _ = load_examples(trained, "tokens.pt")
+    test_set = load_examples(trained, "images.pt")[1]
     y = (test_set.y[0] + 1) % 3  # not the class of the first test image
-    samples = run(trained, "--anatomy", "--classes", str(y.item()))
-    real, sampled = calls
+    flags = ["--anatomy", "--cfg-scales", "1", "2", "--classes", str(y.item())]
+    sample.main(["--out", str(trained), "--num-samples", "2", *flags])
+    samples = torch.load(trained / "cfg1" / "samples.pt", weights_only=True)
+    real, sampled = calls[:2]
     where = places(real["image"][None], test_set.x)
     assert test_set.y[where] == y and real["y"] == y and sampled["y"] == y
-    assert torch.equal(real["fine"], tokens.x[where]), "tokens of another image"
+    tokens = load_examples(trained, "tokens.pt")[1].x[where]
+    assert torch.equal(real["fine"], tokens), "tokens of another image"
     assert torch.equal(sampled["image"], samples["images"][0])
     assert torch.equal(sampled["fine"], samples["fine"][:1])
-    assert saved[-1]["path"] == trained / "anatomy.png"
-    panels = [ax for ax in saved[-1]["figure"].axes if ax.images]
-    titles = [ax.get_title() for ax in panels]
-    assert titles.count("a real image") == titles.count("a sample") == 1
-    shown = [panels[titles.index(name)] for name in ("a real image", "a sample")]
-    for ax, call in zip(shown, calls):
-        assert (ax.images[0].get_array().data == call["image"].numpy()).all()
-    assert len(panels) == 22, "11 pictures for each"
-    # Several guidance scales: a picture in each folder.
-    sample.main(["--out", str(trained), "--anatomy", "--cfg-scales", "1", "2"])
-    folders = [
-        call["path"].parent.name for call in saved if call["path"].stem == "anatomy"
-    ]
-    assert folders[1:] == ["cfg1", "cfg2"]
+    figures = {str(call["path"].relative_to(trained)): call["figure"] for call in saved}
+    names = [f"cfg{i}/{name}.png" for i in (1, 2) for name in ("samples", "anatomy")]
+    assert list(figures) == names, "a picture in the folder of each scale"
+    panels = [ax for ax in figures["cfg1/anatomy.png"].axes if ax.images]
+    assert len(panels) == 22, "11 panels for each of the two images"
+    shown = {ax.get_title(): ax.images[0].get_array().data for ax in panels}
+    for name, call in (("a real image", real), ("a sample", sampled)):
+        assert (shown[name] == call["image"].numpy()).all()
