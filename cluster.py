@@ -33,12 +33,12 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
 
     It starts from init, centroids (k, d) that are not modified, or else from k-means++
     seeding. A step assigns each row to its nearest centroid, and then moves every
-    centroid to the mean of its rows. A cluster without rows first takes one from a
-    cluster with several, so no cluster is empty after a step. It ends when no
-    assignment changes, or after max_iter steps. Returns the cluster of each row, int64
-    (n,); the centroids, float64 (k, d); and a list of the inertia after each step,
-    which never rises (up to rounding). Raises ValueError if there are fewer rows than
-    clusters.
+    centroid to the mean of its rows. A cluster without rows first takes a row from a
+    cluster with several, so no cluster is empty after a step. The algorithm ends when
+    no assignment changes, or after max_iter steps. Returns the cluster of each row,
+    int64 (n,); the centroids, float64 (k, d); and a list of the inertia after each
+    step, which never rises (up to rounding). Raises ValueError if there are fewer rows
+    than clusters.
     """
     if not 1 <= k <= len(x):
         raise ValueError(f"cannot make {k} clusters of {len(x)} rows")
@@ -115,7 +115,8 @@ def to_coarse(examples, code_to_cluster):
 
 
 def codes_of_clusters(code_to_cluster):
-    """The codes of each cluster: the inverse of g, a numpy array (K,) of 0 .. M - 1.
+    """The codes of each cluster, the inverse of g. code_to_cluster is a numpy array
+    (K,) with values 0 .. M - 1.
 
     Returns by_cluster int64 (K,): the fine labels in cluster 0 in ascending order, then
     those in cluster 1, and so on; and sizes int64 (M,): the number of codes per
@@ -132,8 +133,8 @@ def swap_within_clusters(tokens, code_to_cluster, rng):
 
     tokens: a numpy array of fine labels, of any shape; code_to_cluster: a numpy array
     (K,); rng: a numpy Generator. Returns fine labels int64 of the shape of tokens.
-    Every token is sampled independently and uniformly from all codes of its cluster:
-    its own code is among them, and codes that do not occur in tokens.
+    Every token is sampled independently and uniformly from all codes of its cluster.
+    These include its own code and codes that do not occur in tokens.
     """
     by_cluster, sizes = codes_of_clusters(code_to_cluster)
     starts = sizes.cumsum() - sizes  # (M,): where each cluster starts in by_cluster

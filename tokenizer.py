@@ -42,7 +42,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-if "IPython" not in sys.modules:  # "!python" inherits a backend that it may lack
+if "IPython" not in sys.modules:  # "!python" inherits a backend that may be missing
     os.environ.pop("MPLBACKEND", None)
 import matplotlib
 import numpy as np
@@ -194,7 +194,7 @@ class VQVAE(nn.Module):
 
         z (B, d, h, w) and fine (B, T) come from one batch; rng is a numpy Generator. A
         code becomes the direction of the EMA of the sum of its vectors. A code is dead
-        if the EMA of its count is below the fraction dead of the mean count. It is
+        if the EMA of its count is below 'dead' times the mean count. It is
         re-initialised to a random vector of z. Without that, most of a large codebook
         would never be used.
         """
@@ -336,7 +336,7 @@ def main(argv=None):
     checkpoint = start_or_resume(path, model, optimizer, args, ids)
     facts = {"class_names": class_names, "images_id": images_id}
     sets = {"train": tuple(train_set), "test": tuple(test_set)}
-    save(args.out / "images.pt", **sets, **facts, data=Path(args.data).name)
+    save(args.out / "images.pt", **sets, **facts, data=Path(args.data).resolve().name)
     train_set, test_set = train_set.to(device), test_set.to(device)
     if args.compile:
         model.compile()
@@ -425,10 +425,10 @@ class Examples(NamedTuple):
 
 def interleave(examples):
     """The same Examples in an order in which the classes alternate: for every n, the
-    first n have the classes in the proportions of the whole set (up to rounding)."""
+    first n have the classes in the proportions of the whole set, up to a few images."""
     due = torch.empty(len(examples.y), dtype=torch.float64)
     for number, count in enumerate(examples.y.bincount()):
-        # Example j of a class stands at this fraction, 0..1, of the new order.
+        # The fraction of the new order, 0..1, after which example j of a class comes.
         due[examples.y == number] = (torch.arange(count) + 0.5).double() / count
     order = due.argsort(stable=True)
     return Examples(examples.x[order], examples.y[order])
@@ -677,7 +677,8 @@ def clip_gradients(model, step, path):
 
 def record(checkpoint, loss, began, bar, args):
     """Add a finished step to checkpoint: its number, loss and seconds. Returns whether
-    to measure and save now: every --save-every steps, at the end, and for --keep."""
+    to measure and save now: every --save-every steps, at the end, and when a copy of
+    --keep is due."""
     checkpoint["history"]["loss"].append(loss.item())  # .item() waits for the GPU
     checkpoint["seconds"] += time.perf_counter() - began
     checkpoint["step"] += 1
@@ -694,9 +695,11 @@ def copy_due(step, args):
 
 
 def start_or_resume(path, model, optimizer, args, ids):
-    """The checkpoint from which training starts, a dict; ids say what it is trained on.
-    --resume loads the weights in path into model and optimizer. It fails if the run in
-    path had other flags or ids."""
+    """The checkpoint from which training starts: a dict with everything but weights.
+    ids identify what the model is trained on. --resume loads the weights in path into
+    model and optimizer, and fails if that run had other flags or ids."""
+    if args.steps < 1:
+        fail("--steps must be at least 1")
     irrelevant = "out", "data", "device", "save_every", "keep", "resume", "compile"
     settings = {k: v for k, v in vars(args).items() if k not in irrelevant} | ids
     checkpoint = {"config": asdict(model.config), "settings": settings, **ids}
@@ -733,19 +736,21 @@ def save_checkpoint(path, model, optimizer, checkpoint, args, measured):
 
 
 def set_aside(path):
-    """Rename to NAME.old.pt what an earlier run wrote: path, if that run was finished,
-    and its kept copies."""
+    """Rename a finished run in path, and its kept copies, to NAME.old.pt. Copies of an
+    unfinished run are deleted, so that copies are always of one run."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         is_finished = saved["step"] == saved["settings"]["steps"]
     except Exception:  # noqa: BLE001  there is no file, or it is unreadable
         is_finished = False
-    earlier = list(path.parent.glob(f"kept-*/{path.name}"))
+    for copy in path.parent.glob(f"kept-*/{path.name}"):
+        if is_finished:
+            os.replace(copy, copy.with_suffix(".old.pt"))
+        else:
+            copy.unlink()
     if is_finished:
-        earlier.append(path)
+        os.replace(path, path.with_suffix(".old.pt"))
         tqdm.write(f"the finished run in {path} is kept as {path.stem}.old.pt")
-    for old in earlier:
-        os.replace(old, old.with_suffix(".old.pt"))
 
 
 WRITTEN_BY = {
@@ -772,9 +777,9 @@ def find(out, name):
 
 
 def load(out, name, **ids):
-    """The artifact, a dict, in the file that find returns, on the CPU; that file is its
-    "path". Fails if it is missing, unreadable, or has other ids than these (images_id,
-    codebook_id, cluster_id)."""
+    """The artifact in the file that find returns: a dict, with tensors on the CPU, and
+    the file itself as "path". Fails if the file is missing or unreadable, or if its ids
+    (images_id, codebook_id, cluster_id) differ from these."""
     path = find(out, name)
     script = WRITTEN_BY.get(name, "sample.py")
     if not path.exists():
