@@ -899,6 +899,7 @@ def fail(message):
 
 def run(main):
     """Run a script's main; Ctrl-C ends it in one line."""
+    sys.stdout.reconfigure(errors="replace")  # for class names on old terminals
     try:
         main()
     except KeyboardInterrupt:

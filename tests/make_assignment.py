@@ -7,15 +7,13 @@
     python tests/make_assignment.py --check            # do the tests fit the exercises?
 
 In an exercise, the body of a function is replaced by a NotImplementedError, which says
-in one sentence what to do. The signature and the docstring stay. Then the tests that
-the table names fail. The tests of later scripts still pass, except where the table says
-that they need the exercise. The copies are made from the six scripts themselves.
+in one sentence what to do. Then the tests that the table names fail. The tests of later
+scripts still pass, except where the table says that they need the exercise.
 
---grade runs each exercise in its own process with a time limit. It takes one script
-from the submission, the script of the exercise. The other scripts and the tests are
-ours. So an error in one script costs only the exercises of that script. results.json
-has the format of Gradescope's autograder. There is no sandbox: submitted code runs with
-your permissions.
+--grade runs each exercise in its own process with a time limit: the submitted script of
+the exercise with our other scripts and tests. So an error in one script costs only the
+exercises of that script. results.json has the format of Gradescope's autograder. There
+is no sandbox: submitted code runs with your permissions.
 """
 
 import argparse
@@ -30,6 +28,7 @@ import tempfile
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -291,7 +290,6 @@ def blank(source, exercise):
         node, lines = find(source, function), source.splitlines(keepends=True)
         first, last = node.body[1], node.body[-1]  # body[0] is the docstring
         indent = " " * first.col_offset
-        # The sentence is split into string literals, which Python joins.
         words = textwrap.wrap(exercise.task, 70, drop_whitespace=False)
         said = [f"{indent}    {part!r}\n" for part in words]
         text = [f"{indent}raise NotImplementedError(\n", *said, f"{indent})\n"]
@@ -320,7 +318,7 @@ def sheet(names):
     text = f"# Assignment\n\n{len(names)} exercises, {total} points. Replace each "
     text += "`raise NotImplementedError` by the body of the function, as its docstring "
     text += "says. The tests below grade each exercise alone: no exercise needs the "
-    text += "solution of another. test_bad_inputs.py and test_pipeline.py need all.\n"
+    text += "solution of another. (Only test_bad_inputs and test_pipeline do.)\n"
     for i, name in enumerate(names, start=1):
         e = EXERCISES[name]
         functions = " and ".join(f"`{function}`" for function in e.functions)
@@ -491,9 +489,7 @@ def check_script(script):
         folder = Path(temporary, "copy")
         write_assignment(folder, list(own))
         found, why = run_tests(folder, later)
-    wrong = [
-        f"{s}: {test} fails too" for (s, test), message in found.items() if message
-    ]
+    wrong = [f"{s}: {t} fails too: {said!r}" for (s, t), said in found.items() if said]
     return f"{script}.py without its exercises", wrong if found else [why]
 
 
@@ -525,7 +521,7 @@ def main(argv=None):
         failed = False
         with ThreadPoolExecutor(args.jobs) as pool:
             scripts = pool.map(check_script, SCRIPTS[:-1])
-            for name, wrong in [*pool.map(check, names), *scripts]:
+            for name, wrong in chain(pool.map(check, names), scripts):
                 print(f"{name}: {'pinpointed' if not wrong else 'NOT pinpointed'}")
                 print("".join(f"    {line}\n" for line in wrong), end="", flush=True)
                 failed = failed or bool(wrong)
