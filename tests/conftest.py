@@ -138,8 +138,9 @@ def error_of(capsys, main, *argv):
     code, printed = exit_info.value.code, capsys.readouterr().err
     if isinstance(code, str):
         code, printed = 1, code
-    message = [line for line in printed.splitlines() if line.startswith("error: ")]
+    message = [line for line in printed.splitlines() if "error: " in line]
     assert len(message) == 1, printed
+    assert code == 2 or printed == message[0], "more than one line"
     return code, message[0]
 
 
