@@ -15,7 +15,7 @@ An example with K = 6 and M = 2: code_to_cluster = [0, 1, 1, 0, 1, 0]. The fine 
 has the coarse label 1. Stage 1 (ar_model.py) predicts the coarse label 1. Stage 2
 (aux_model.py) then chooses one of the fine labels 1, 2 and 4, given the coarse labels
 of the whole image. In the run that tokenizer.py follows, token 27 of the first test
-image has the fine label 1181 and the coarse label g(1181) = 11, a cluster of 83 codes.
+image has the fine label 3118 and the coarse label g(3118) = 18, a cluster of 107 codes.
 """
 
 import numpy as np

@@ -13,14 +13,15 @@ Reads tokenizer.pt, tokens.pt, clusters.pt, coarse.pt and fine.pt (or baseline.p
 images.pt for --anatomy and --export.
 Writes samples.pt and samples.png, or samples-baseline.pt and .png: images uint8
 (N, H, W, 3), classes (N,), coarse and fine labels (N, T). With --anatomy also
-anatomy.png, with --export also the folder export/. About 150 images/s on two CPU cores.
+anatomy.png, with --export also the folder export/. On two CPU cores: 110 to 150
+images/s.
 
 One image from beginning to end: class 0. 64 steps of stage 1, with and without the
-class as a batch of two, sample 64 coarse labels, 23, 103, 103, 106, ..., among them 96
+class as a batch of two, sample 64 coarse labels, 91, 34, 91, 112, ..., among them 114
 for token 27. One step of stage 2 (here with --fine-top-k 0) samples a code from each of
-these clusters, 3753, 1756, 1303, ..., among them 634 for token 27, one of the 21 codes
-in cluster 96. The decoder turns the codes (d = 8, h = 8, w = 8) into pixels (3, 32,
-32).
+these clusters, 3039, 990, 3786, ..., among them 1645 for token 27, one of the 43 codes
+in cluster 114. The decoder turns the codes (d = 8, h = 8, w = 8) into (3, 32, 32)
+pixels.
 """
 
 import math

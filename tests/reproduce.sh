@@ -143,6 +143,49 @@ speed() {
     python tests/benchmark.py --batch-sizes 64
 }
 
+# CIFAR-10 at the paper's K and M on a GPU: about five minutes for a seed on an H200.
+cifar_gpu() {
+    out=$OUT/cifar-gpu
+    once python tokenizer.py --data $CIFAR --out $out --codebook-size 16384 --steps 5000 --save-every 1000
+    once python cluster.py --out $out --clusters 512
+    size="--dim 384 --heads 6 --batch-size 128 --steps 3000 --save-every 500"
+    for seed in 0 1 2; do
+        once python ar_model.py --out $out/seed$seed --seed $seed --layers 6 $size --lr 5e-4
+        once python aux_model.py --out $out/seed$seed --seed $seed --layers 4 $size --lr 5e-4
+        once python ar_model.py --out $out/seed$seed --seed $seed --layers 6 $size --labels fine --lr 5e-4
+        draw="--num-samples 10000 --batch-size 1000 --cfg-scales 1 1.5 2 2.5 3"
+        mkdir -p $out/seed$seed/{sampled,argmax}
+        once python sample.py --out $out/seed$seed/sampled --fine-top-k 0 $draw
+        once python sample.py --out $out/seed$seed/argmax $draw
+        once python sample.py --out $out/seed$seed/sampled --model baseline $draw
+        for folder in $out/seed$seed/{sampled,argmax}/cfg*; do
+            once python evaluate.py --out $folder --judge-steps 3000
+        done
+    done
+    for way in sampled argmax; do
+        for scale in 1 1.5 2 2.5 3; do
+            python tests/results.py mean $out/seed{0,1,2}/$way/cfg$scale
+        done
+    done
+}
+
+# CIFAR-10 at the paper's K and M on two cores. The last three trainings take 80 minutes
+# of one core for CTF and as much for the baseline.
+cifar_two_hours() {
+    out=$OUT/cifar
+    once python tokenizer.py --data $CIFAR --out $out --codebook-size 16384 --steps 1500
+    once python cluster.py --out $out --clusters 512
+    once python ar_model.py --out $out --dim 192 --steps 10000
+    once python aux_model.py --out $out --steps 5000
+    once python ar_model.py --out $out --dim 192 --steps 4000 --labels fine --lr 1e-3
+    once python sample.py --out $out --cfg-scales 1.5 2 3
+    once python sample.py --out $out --cfg-scales 2 3 4 6 8 --model baseline
+    for folder in $out/cfg*; do
+        once python evaluate.py --out $folder --judge-steps 3000
+    done
+    python tests/results.py rows $out/cfg*
+}
+
 for name in "$@"; do
     $name
 done
