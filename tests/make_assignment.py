@@ -317,17 +317,32 @@ def sheet(names):
     total = sum(EXERCISES[name].points for name in names)
     text = f"# Assignment\n\n{len(names)} exercises, {total} points. Replace each "
     text += "`raise NotImplementedError` by the body of the function, as its docstring "
-    text += "says. The tests below grade each exercise alone: no exercise needs the "
-    text += "solution of another. (Only test_bad_inputs and test_pipeline do.)\n"
+    text += "and the message say. Each exercise is graded alone, by the tests below it: solve "
+    text += (
+        "them in any order. Only test_bad_inputs.py and test_pipeline.py need all.\n"
+    )
     for i, name in enumerate(names, start=1):
         e = EXERCISES[name]
         functions = " and ".join(f"`{function}`" for function in e.functions)
-        text += f"\n## {i}. {name} ({e.points} points, about {e.minutes} minutes)\n\n"
+        points = f"{e.points} point{'s' * (e.points > 1)}"
+        text += f"\n## {i}. {name} ({points}, about {e.minutes} minutes)\n\n"
         text += f"{functions} in `{e.script}.py`. {e.task}\n\n"
         text += f"Source: {e.reference}.\n\n    pytest tests/test_{e.script}.py -k "
         text += f'"{" or ".join(e.tests)}"\n'
         for later in e.needed_by:
             text += f"\nSome tests of `tests/test_{later}.py` need its solution.\n"
+    text += "\n## Handing in\n\nRun the commands in this folder, after `pip install -r "
+    text += (
+        "requirements.txt`. Hand in the scripts above under their own names, not in a "
+    )
+    text += (
+        "folder. Your own modules beside them come along; folders do not. The tests of "
+    )
+    text += (
+        "an exercise share its points equally: they are ours, not those in your copy. "
+    )
+    text += "An exercise may take 120 seconds. You may import what requirements.txt "
+    text += "installs. Do not call `input()` or `exit()`, and save as UTF-8.\n"
     return text
 
 
@@ -391,12 +406,15 @@ def run_tests(folder, scripts, tests=(), limit=None):
             done = subprocess.run(command, check=False, **options)
         except subprocess.TimeoutExpired:
             return {}, f"time limit: stopped after {limit} s. An endless loop?"
-        last = "\n".join(done.stdout.splitlines()[-15:]) or "nothing was printed"
+        nothing = "nothing was printed: does the script call exit()?"
+        last = "\n".join(done.stdout.splitlines()[-15:]) or nothing
         cases = ElementTree.parse(report).iter("testcase") if report.exists() else []
-        results = {}
+        # A submission that skips the tests of its exercise has not passed them.
+        results, bad = {}, ("failure", "error", *(["skipped"] if tests else []))
         for case in cases:
-            problems = [e for e in case if e.tag in ("failure", "error")]
-            message = (problems[0].get("message") or "error") if problems else ""
+            problems = [e for e in case if e.tag in bad]
+            found = problems[0] if problems else {}
+            message = found.get("message", "no message") if problems else ""
             script = case.get("classname").removeprefix("test_")
             key = script, case.get("name").split("[")[0]
             results[key] = results.get(key) or message
@@ -413,7 +431,8 @@ def grade(folder, names, limit, jobs):
             copy = Path(temporary, "copy")
             shutil.copytree(ROOT / "tests", copy / "tests", ignore=CACHES)
             for path in folder.glob("*.py"):  # the student's own modules come along
-                shutil.copy(path, copy)
+                if path.is_file():
+                    shutil.copy(path, copy)
             for script in SCRIPTS:
                 source = folder if script == exercise.script else ROOT
                 shutil.copy(source / f"{script}.py", copy)
@@ -432,6 +451,8 @@ def grade(folder, names, limit, jobs):
             "output": output,
         }
 
+    if not folder.is_dir():
+        raise SystemExit(f"error: nothing graded: {folder} is no folder")
     needed = {f"{EXERCISES[name].script}.py" for name in names}
     missing = sorted(file for file in needed if not (folder / file).is_file())
     if missing:
@@ -509,6 +530,7 @@ def main(argv=None):
     if args.list:
         print(table())
     elif args.grade:
+        Path("results.json").unlink(missing_ok=True)  # of an earlier submission
         results = grade(args.grade, names, args.limit, args.jobs)
         for result in results:
             points = f"{result['score']:g} of {result['max_score']}"

@@ -128,6 +128,14 @@ def test_tests_that_do_not_run_have_a_reason(results, name, reason):
     assert reason in result["output"]
 
 
+def test_a_skipped_test_is_not_passed(tmp_path):
+    (tmp_path / "tests").mkdir()
+    skip = "import pytest\n\n\ndef test_it():\n    pytest.skip('not today')\n"
+    (tmp_path / "tests" / "test_skip.py").write_text(skip)
+    found, _ = run_tests(tmp_path, ["skip"], ["test_it"], limit=60)
+    assert list(found.values()) == ["not today"]
+
+
 def test_an_endless_loop_costs_its_exercise(tmp_path, monkeypatch):
     (tmp_path / "tests").mkdir()
     loop = "def test_it():\n    while True:\n        pass\n"
