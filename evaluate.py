@@ -211,14 +211,13 @@ def measure(images, y, judge, real, device):
     """All scores of a set of images uint8 (N, H, W, 3) of classes y (N,), compared with
     real, a Real: {name: float}."""
     features, logits = look(judge, images, device)
-    score, score_std = inception_score(logits)
+    score, _ = inception_score(logits)
     precision, recall = precision_recall(
         real.some, features, device=real.device, real_radius=real.radius
     )
     return {
         "fd": frechet_distance(real.mu, real.sigma, *gaussian(features)),
         "inception_score": score,
-        "inception_score_std": score_std,
         "class_accuracy": class_accuracy(logits, y),
         "precision": precision,
         "recall": recall,

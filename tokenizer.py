@@ -680,7 +680,8 @@ def record(checkpoint, loss, began, bar, args):
     to measure and save now: every --save-every steps, at the end, and when a copy of
     --keep is due."""
     checkpoint["history"]["loss"].append(loss.item())  # .item() waits for the GPU
-    checkpoint["seconds"] += time.perf_counter() - began
+    if checkpoint["step"] > 0:  # the first step warms up, and compiles
+        checkpoint["seconds"] += time.perf_counter() - began
     checkpoint["step"] += 1
     step = checkpoint["step"]
     bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
