@@ -26,8 +26,7 @@ once() {
     mv "$mark.begun" "$mark"
 }
 
-# The best of three learning rates for each model at its default length, seed 0. The
-# defaults of ar_model.py and aux_model.py are these.
+# Three learning rates for each model at its default length, seed 0.
 learning_rates() {
     for lr in 1e-3 2e-3 4e-3; do
         once python ar_model.py --out $OUT/lr$lr --lr $lr
@@ -177,7 +176,7 @@ cifar_two_hours() {
     once python cluster.py --out $out --clusters 512
     once python ar_model.py --out $out --dim 192 --steps 10000
     once python aux_model.py --out $out --steps 5000
-    once python ar_model.py --out $out --dim 192 --steps 4000 --labels fine --lr 1e-3
+    once python ar_model.py --out $out --dim 192 --steps 4000 --labels fine
     once python sample.py --out $out --cfg-scales 1.5 2 3
     once python sample.py --out $out --cfg-scales 2 3 4 6 8 --model baseline
     for folder in $out/cfg*; do
