@@ -67,7 +67,9 @@ table1() {
 }
 
 # Sample the models in a folder in three ways: both at temperature 1 with sampled fine
-# labels, as the paper; both at their best guidance and temperature; CTF with the argmax.
+# labels, as the paper; both tuned; CTF with the argmax. Guidance 2 is the best that
+# `sampling` found at temperature 1. The temperature 0.9 of "tuned" has NOT been chosen
+# yet: put the best of `sampling` there first, for each model.
 judge_three_ways() {
     N=5000
     once python sample.py --out $1/paper --num-samples $N --fine-top-k 0 --cfg-scales 2

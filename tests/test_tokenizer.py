@@ -467,6 +467,9 @@ def test_a_resumed_run_ends_with_the_same_weights(images, tmp_path, monkeypatch)
     flags = [*TINY, "--data", str(images), "--steps", "7"]
     outs = tmp_path / "a", tmp_path / "b"
     conftest.check_resume(monkeypatch, tokenizer, "tokenizer.pt", flags, *outs)
+    one, other = (torch.load(o / "tokens.pt", weights_only=True) for o in outs)
+    assert torch.equal(one["train"][0], other["train"][0])
+    assert torch.equal(one["test"][0], other["test"][0])
 
 
 def test_resume_needs_the_same_flags_and_images(images, tmp_path):
