@@ -6,11 +6,11 @@ pre-norm RMSNorm, SwiGLU, 2D rotary positions, no biases, untied embedding and h
 the class embedding as the first token.
 
     python ar_model.py                  # CTF's stage 1, over M coarse labels: coarse.pt
-    python ar_model.py --labels fine    # its baseline, over K fine labels: baseline.pt
+    python ar_model.py --labels fine    # the baseline, over K fine labels: baseline.pt
 
 Reads tokens.pt and clusters.pt; writes coarse.pt and coarse.png (or baseline.pt and
 baseline.png). The first loss is ln V, the loss of a uniform guess. On two CPU cores: 7
-minutes, 1.59 nats on the test images (baseline: 11 minutes, 2.79 nats). The paper's
+minutes, 1.59 nats on test images (baseline: 11 minutes, 2.78 nats). The paper's
 sizes, as --layers --dim --heads: 12 768 12 (B), 24 1024 16 (L), 36 1280 20 (XL).
 
 The example image of tokenizer.py: class 0 and 64 coarse labels, 91, 125, 91, 91, ...
@@ -129,8 +129,8 @@ class Block(nn.Module):
     def forward(self, x, rotary, cache=None):
         """x (B, n, dim), rotary of its positions (2, n, head_dim / 2) -> (B, n, dim).
 
-        The rows of self.qkv are queries, keys, values, each head by head. The rows of
-        self.gate_up are the gate, then up. Keys are rotated before they are cached.
+        self.qkv gives the queries of all heads, then their keys, then their values;
+        self.gate_up gives the gate, then up. Keys are rotated before they are cached.
         With a cache, x are the tokens that follow those in the cache: a single token,
         or several if the cache is empty.
         """
@@ -212,22 +212,22 @@ def next_token_loss(model, tokens, y):
 def guide(cond, uncond, scale):
     """Classifier-free guidance (Ho and Salimans 2022) on logits of any shape.
 
-    The model also predicts logits without a class (uncond), since 10% of the classes
-    are dropped in training (drop_classes). A scale of 1 is off, 0 ignores the class,
-    and more than 1 exaggerates it.
+    The model can predict logits without a class (uncond), since in training each image
+    loses its class with probability 0.1 (drop_classes). A scale of 1 is off, 0 ignores
+    the class, and more than 1 exaggerates it.
     """
     return uncond + scale * (cond - uncond)
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
-    """Top-k and nucleus (top-p) filtering: set the other logits (..., V) to -inf.
+    """Top-k and nucleus (top-p) filtering: keep the largest logits (..., V) and set the
+    rest to -inf.
 
     top_k keeps the k largest logits; 0, or V and more, is off. top_p then keeps the
     smallest set of largest logits whose probabilities sum to top_p or more; 1 is off.
     The probabilities are the softmax of what top_k has kept. The largest logit is
-    always kept. Of equal logits at the edge, top_k may keep all, top_p keeps only as
-    many as it needs. Some logits may be -inf already. The caller's tensor is not
-    modified.
+    always kept. Of equal logits at the edge, top_k keeps all, top_p only as many as it
+    needs. Some logits may be -inf already. The caller's tensor is not modified.
     """
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k).values[..., -1:]
@@ -287,7 +287,8 @@ def generate(model, y, generator, cfg_scale=1.0, temperature=1.0, top_k=0, top_p
 
 
 def drop_classes(y, num_classes, rng):
-    """Replace 10% of the classes y (B,) by the null class, num_classes."""
+    """Replace each of the classes y (B,) with probability 0.1 by the null class,
+    num_classes."""
     dropped = torch.from_numpy(rng.random(len(y)) < 0.1).to(y.device)
     return y.masked_fill(dropped, num_classes)
 
@@ -375,7 +376,7 @@ def main(argv=None):
         loss.backward()
         tokenizer.clip_gradients(model, step, path)
         optimizer.step()
-        if tokenizer.record(checkpoint, loss, began, bar, args):
+        if tokenizer.finish_step(checkpoint, loss, began, bar, args):
             nats = mean_loss(model, test_set.x[:1000], test_set.y[:1000])
             measured = {"loss": nats, "bits": nats / math.log(2)}
             tokenizer.save_checkpoint(

@@ -1,9 +1,9 @@
-"""Stage 2: a bidirectional model that predicts all fine labels at once.
+"""Stage 2, the auxiliary model: bidirectional, it predicts all fine labels at once.
 
 p(q_i | c_1 .. c_T, y), where q_i is the fine and c_i the coarse label of token i, for
 all i in one pass with full attention, trained by cross-entropy (arXiv 2503.16194,
 figure 1c). The paper's softmax is over all K codes. Here it is over the codes of the
-cluster c_i, which contains q_i: the logits of all other codes are masked.
+cluster c_i, which contains q_i; other codes have no logit.
 
     python aux_model.py
 
@@ -37,7 +37,7 @@ from ar_model import Block, draw, drop_classes, filter_logits, guide, rotary_tab
 
 # ---------------------------------------------------------------------------- The model
 
-# The logit of a code outside the cluster: its probability is exactly 0, as with -inf.
+# The logit where the table members has -1: its probability is exactly 0, as with -inf.
 # But guidance subtracts logits, and -inf - -inf is nan.
 MASKED = -1e30
 
@@ -59,7 +59,7 @@ class AuxModel(nn.Module):
 
     code_to_cluster int64 (K,) is the map g. Its inverse is the table members (M, S):
     row m lists the codes of cluster m in ascending order, and -1 up to the size S of
-    the largest cluster. With g = [0, 1, 1, 0, 1], members = [[0, 3, -1], [1, 2, 4]].
+    the largest cluster. For g = [0, 1, 1, 0, 1] it is [[0, 3, -1], [1, 2, 4]].
     """
 
     def __init__(self, config, code_to_cluster):
@@ -91,6 +91,7 @@ class AuxModel(nn.Module):
         for block in self.blocks:
             x = block(x, self.rotary)  # (B, T + 1, dim)
         x = self.norm(x[:, 1:])  # (B, T, dim): without the class token
+        # On a CPU a faster form of the same. To follow the plain one: on_cpu = False.
         on_cpu = x.device.type == "cpu"
         compute = self.cluster_logits_on_cpu if on_cpu else self.cluster_logits
         logits = compute(x.flatten(0, 1), coarse.flatten())  # (B*T, S)
@@ -104,8 +105,8 @@ class AuxModel(nn.Module):
         return logits.float().masked_fill(members < 0, MASKED)
 
     def cluster_logits_on_cpu(self, x, coarse):
-        """The same logits as cluster_logits, nine times as fast on a CPU. (Skip this on
-        a first reading.)
+        """(Skip this on a first reading.) The same logits as cluster_logits, nine times
+        as fast on a CPU.
 
         Instead of all n K logits it computes only those of each token's own cluster:
         one product per cluster, of the features of its tokens with the weights of its
@@ -127,7 +128,7 @@ class AuxModel(nn.Module):
 def fine_loss(model, fine, y):
     """How well fine labels (B, T) are predicted from their coarse labels and the
     classes y (B,). Returns the mean cross-entropy in nats within the clusters, a 0-d
-    tensor with a gradient; and the top-1 accuracy, a float or a 0-d tensor."""
+    tensor with a gradient; and the top-1 accuracy, a 0-d tensor."""
     coarse = model.code_to_cluster[fine]  # (B, T)
     logits = model(coarse, y)  # (B, T, S)
     # The right answer as an index into the logits: where fine stands in its cluster.
@@ -177,7 +178,7 @@ def guessing(code_to_cluster, fine, test_fine):
     """How well test_fine (N', T) can be predicted from the cluster of a token alone.
 
     Returns the nats of a uniform guess within the cluster, and the top-1 accuracy of
-    guessing the code of the cluster that is most frequent in fine (N, T).
+    always guessing the cluster's most frequent code in fine (N, T).
     """
     K = len(code_to_cluster)
     sizes = code_to_cluster.bincount()  # (M,)
@@ -215,7 +216,8 @@ def main(argv=None):
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, {M} coarse to {K} fine labels, on {device}")
     guess, right = guessing(model.code_to_cluster, train_set.x, test_set.x)
-    print(f"a guess within the cluster: {guess:.3f} nats, {right:.1%} right")
+    print(f"a uniform guess within the cluster has a loss of {guess:.3f} nats")
+    print(f"the cluster's most frequent code is right for {right:.1%} of the tokens")
     if args.compile:  # only the blocks: the shapes in cluster_logits_on_cpu vary
         for block in model.blocks:
             block.compile()
@@ -235,7 +237,7 @@ def main(argv=None):
         loss.backward()
         tokenizer.clip_gradients(model, step, path)
         optimizer.step()
-        if tokenizer.record(checkpoint, loss, began, bar, args):
+        if tokenizer.finish_step(checkpoint, loss, began, bar, args):
             nats, right = mean_fine_loss(model, test_set.x[:1000], test_set.y[:1000])
             measured = {"loss": nats, "bits": nats / math.log(2), "right": right}
             tokenizer.save_checkpoint(

@@ -31,14 +31,14 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
     """Lloyd's algorithm: minimise the inertia, the sum of squared distances of the rows
     of x (n, d) to the centroids of their clusters.
 
-    It starts from init, centroids (k, d) that are not modified, or else from k-means++
-    seeding. A step assigns each row to its nearest centroid, and then moves every
-    centroid to the mean of its rows. A cluster without rows first takes a row from a
-    cluster with several, so no cluster is empty after a step. The algorithm ends when
-    no assignment changes, or after max_iter steps. Returns the cluster of each row,
-    int64 (n,); the centroids, float64 (k, d); and a list of the inertia after each
-    step, which never rises (up to rounding). Raises ValueError if there are fewer rows
-    than clusters.
+    It starts from init (k, d), which is not modified, or by default from k-means++. A
+    step assigns each row to its nearest centroid, gives each empty cluster a row of a
+    cluster with several, and moves every centroid to the mean of its rows. It ends when
+    no assignment changes, or after max_iter steps.
+
+    Returns the cluster of each row, int64 (n,); the centroids, float64 (k, d); and a
+    list of the inertia after each step, which never rises (up to rounding). Raises
+    ValueError if there are fewer rows than clusters.
     """
     if not 1 <= k <= len(x):
         raise ValueError(f"cannot make {k} clusters of {len(x)} rows")
@@ -54,7 +54,7 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
         sizes = np.bincount(assignment, minlength=k)
         for empty in np.flatnonzero(sizes == 0):
             # It takes the row farthest from its centroid, out of a cluster with several
-            # rows. That lowers the inertia.
+            # rows. The inertia does not rise.
             row = np.where(sizes[assignment] > 1, distance, -1).argmax()
             sizes[assignment[row]] -= 1
             sizes[empty] = 1
@@ -114,8 +114,8 @@ def to_coarse(examples, code_to_cluster):
     return Examples(code_to_cluster[examples.x], examples.y)
 
 
-def codes_of_clusters(code_to_cluster):
-    """The codes of each cluster, the inverse of g. code_to_cluster is a numpy array
+def labels_by_cluster(code_to_cluster):
+    """The fine labels of each cluster, the inverse of g. code_to_cluster is an array
     (K,) with values 0 .. M - 1.
 
     Returns by_cluster int64 (K,): the fine labels in cluster 0 in ascending order, then
@@ -136,7 +136,7 @@ def swap_within_clusters(tokens, code_to_cluster, rng):
     Every token is sampled independently and uniformly from all codes of its cluster.
     These include its own code and codes that do not occur in tokens.
     """
-    by_cluster, sizes = codes_of_clusters(code_to_cluster)
+    by_cluster, sizes = labels_by_cluster(code_to_cluster)
     starts = sizes.cumsum() - sizes  # (M,): where each cluster starts in by_cluster
     coarse = code_to_cluster[tokens]
     place = rng.integers(sizes[coarse])  # in the cluster: 0 .. size - 1

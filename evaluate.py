@@ -42,7 +42,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) of Gaussians (Heusel et al. 2017,
     equation 6).
 
-    mu1, mu2 (F,); covariances sigma1, sigma2 (F, F), singular or not.
+    mu1, mu2 (F,); covariances S1 = sigma1, S2 = sigma2 (F, F), singular or not.
     Returns a float, never nan or complex.
     """
     # The trace of (S1 S2)^1/2 is the sum of the square roots of the eigenvalues of S1
@@ -79,24 +79,25 @@ def inception_score(logits, splits=10):
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def precision_recall(real, fake, k=3, device="cpu", real_radius=None):
+def precision_recall(real, fake, k=3, device="cpu", real_squared=None):
     """Improved precision and recall (Kynkäänniemi et al. 2019).
 
     real (N, F) and fake (N', F), float64, at least two rows each. The radius of a
     member of a set is the distance to its k-th nearest neighbour in the set (the
     farthest, if there are fewer than k others). A point is covered by the set if it
     lies within the radius of some member. Precision is the share of fake covered by
-    real, recall the share of real covered by fake. Returns two floats. real_radius:
-    neighbour_radius(real, k, device), if it is known already.
+    real, recall the share of real covered by fake. Returns two floats.
+
+    real_squared: squared_radius(real, k, device), if it is known already.
     """
-    if real_radius is None:
-        real_radius = neighbour_radius(real, k, device)
-    fake_radius = neighbour_radius(fake, k, device)
-    precision = covered(fake, real, real_radius, device)
-    return precision, covered(real, fake, fake_radius, device)
+    if real_squared is None:
+        real_squared = squared_radius(real, k, device)
+    precision = covered(fake, real, real_squared, device)
+    recall = covered(real, fake, squared_radius(fake, k, device), device)
+    return precision, recall
 
 
-def neighbour_radius(members, k, device):
+def squared_radius(members, k, device):
     """The squared distance of each of members (N, F) to its k-th nearest neighbour in
     members, itself excluded (the farthest, if there are fewer than k others): (N,)."""
     # The nearest one is the member itself, at distance 0. So the k-th is at index k.
@@ -105,17 +106,17 @@ def neighbour_radius(members, k, device):
     return torch.cat([b.topk(nearest, largest=False).values[:, -1] for b in blocks])
 
 
-def covered(points, members, radius, device):
-    """The share, a float, of points (N, F) that lie within the squared radius (N',) of
-    at least one of members (N', F).
+def covered(points, members, squared, device):
+    """The share, a float, of points (N, F) within the radius of at least one of the
+    members (N', F). squared (N',): their squared radii.
 
-    A point exactly on the edge is within. squared_distances may round it outside, by
-    about 1e-14 F times the largest squared coordinate, so that much is allowed for.
+    A point on the edge is within, also if squared_distances rounds it outside by up to
+    1e-14 F times the largest squared coordinate.
     """
     largest = max(np.abs(points).max(), np.abs(members).max())
     rounding = 1e-14 * points.shape[1] * largest**2
     blocks = squared_distances(points, members, device)
-    hits = torch.cat([(block <= radius + rounding).any(dim=1) for block in blocks])
+    hits = torch.cat([(block <= squared + rounding).any(dim=1) for block in blocks])
     return hits.double().mean().item()
 
 
@@ -201,10 +202,9 @@ class Real:
 
     def __init__(self, features, N, device):
         self.mu, self.sigma = gaussian(features)
-        self.some = features[:N]
+        self.first = features[:N]
         self.device = "cuda" if device.type == "cuda" else "cpu"  # MPS has no float64
-        k = 3  # as in precision_recall
-        self.radius = neighbour_radius(self.some, k, self.device)
+        self.squared = squared_radius(self.first, 3, self.device)
 
 
 def measure(images, y, judge, real, device):
@@ -213,7 +213,7 @@ def measure(images, y, judge, real, device):
     features, logits = look(judge, images, device)
     score, _ = inception_score(logits)
     precision, recall = precision_recall(
-        real.some, features, device=real.device, real_radius=real.radius
+        real.first, features, k=3, device=real.device, real_squared=real.squared
     )
     return {
         "fd": frechet_distance(real.mu, real.sigma, *gaussian(features)),

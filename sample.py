@@ -11,17 +11,16 @@ over the fine labels themselves.
 
 Reads tokenizer.pt, tokens.pt, clusters.pt, coarse.pt and fine.pt (or baseline.pt), and
 images.pt for --anatomy and --export.
-Writes samples.pt and samples.png, or samples-baseline.pt and .png: images uint8
-(N, H, W, 3), classes (N,), coarse and fine labels (N, T). With --anatomy also
-anatomy.png, with --export also the folder export/. On two CPU cores: 110 to 150
+Writes samples.pt (images uint8 (N, H, W, 3), classes (N,), coarse and fine labels
+(N, T)) and samples.png; for the baseline samples-baseline.pt and .png. With --anatomy
+also anatomy.png, with --export also the folder export/. On two CPU cores: 110 to 150
 images/s.
 
-One image from beginning to end: class 0. 64 steps of stage 1, with and without the
-class as a batch of two, sample 64 coarse labels, 91, 34, 91, 112, ..., among them 114
-for token 27. One step of stage 2 (here with --fine-top-k 0) samples a code from each of
-these clusters, 3039, 990, 3786, ..., among them 1645 for token 27, one of the 43 codes
-in cluster 114. The decoder turns the codes (d = 8, h = 8, w = 8) into (3, 32, 32)
-pixels.
+One image from beginning to end: class 0. 64 steps of stage 1 sample 64 coarse labels,
+91, 34, 91, 112, ... (For guidance each step runs with and without the class.) Token 27
+gets 114, a cluster of 43 codes. One step of stage 2, here with --fine-top-k 0, samples
+a code of each token's cluster: 3039, 990, 3786, ... Token 27 gets 1645. The decoder
+turns the codes (d = 8, h = 8, w = 8) into (3, 32, 32) pixels.
 """
 
 import math
@@ -42,8 +41,8 @@ from cluster import random_clusters, swap_within_clusters
 from tokenizer import Figure, fail, reconstruct, to_uint8
 
 FILES = {"ctf": "samples.pt", "baseline": "samples-baseline.pt"}
-# How stage 1 or the baseline is sampled, and how stage 2 is. Stage 2 takes the argmax
-# (top_k 1) and no guidance. (The paper samples fine labels: top_k 0.)
+# The defaults, SETTINGS for stage 1 or the baseline, FINE_SETTINGS for stage 2: the
+# argmax (top_k 1) and no guidance. (The paper samples fine labels: top_k 0.)
 SETTINGS = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 FINE_SETTINGS = {"cfg_scale": 1.0, "temperature": 1.0, "top_k": 1}
 
@@ -103,19 +102,18 @@ def sample_batches(models, y, seed, settings, fine_settings, batch_size=100):
 # --------------------------------------------------------------------------- The script
 
 
-def load_models(out, name, device):
-    """The networks of name, "ctf" or "baseline", in eval mode: a ModuleDict of vqvae,
-    ar and, for CTF, aux; and {name: artifact}. Fails if artifacts do not belong
-    together."""
+def load_models(out, model, device):
+    """Two dicts for model "ctf" or "baseline": its networks vqvae, ar and (CTF) aux, in
+    eval mode; and their artifacts. Fails if these do not belong together."""
     models, artifacts = {}, {}
     models["vqvae"], artifacts["vqvae"] = tokenizer.load_tokenizer(out, device)
     ids = {"codebook_id": artifacts["vqvae"]["codebook_id"]}
-    if name == "ctf":
+    if model == "ctf":
         clusters = tokenizer.load(out, "clusters.pt", **ids)
         ids["cluster_id"] = clusters["cluster_id"]
         g = clusters["code_to_cluster"]
         models["aux"], artifacts["aux"] = load_aux(out, g, device, **ids)
-    file = "coarse.pt" if name == "ctf" else "baseline.pt"
+    file = "coarse.pt" if model == "ctf" else "baseline.pt"
     models["ar"], artifacts["ar"] = load_ar(out, file, device, **ids)
     return nn.ModuleDict(models), artifacts
 
@@ -172,7 +170,7 @@ def parse_args(argv):
     if not 0 < args.top_p <= 1:
         parser.error("--top-p must be above 0 and at most 1")
     if args.fine_top_k == 1 and args.fine_temperature != 1:
-        parser.error("--fine-temperature needs --fine-top-k 0: it is an argmax now")
+        parser.error("--fine-temperature does nothing to an argmax: add --fine-top-k 0")
     if args.anatomy and args.model == "baseline":
         parser.error("--anatomy shows both stages, and the baseline has only one")
     return args
@@ -234,8 +232,8 @@ def main(argv=None):
 
 
 def choose_classes(wanted, count, test_classes, class_names):
-    """The class of each of count images, int64 (count,): those of wanted, names or
-    numbers, equally often; or without wanted those of the test set, in its order."""
+    """Classes int64 (count,): the wanted ones (names or numbers) equally often, or by
+    default the classes of the test images in their order."""
     if not wanted:
         return test_classes[torch.arange(count) % len(test_classes)]
     numbers = []
@@ -305,7 +303,7 @@ def code_colors(codebook):
 
 @torch.no_grad()
 def anatomy(models, image, fine, y, rng):
-    """One image stage by stage: {title: picture}.
+    """One image, step by step: {title: picture}.
 
     image uint8 (H, W, 3), its fine labels (1, T) and class y (1,). The pictures are
     images (H, W, rgb), colours of tokens (h, w, rgb) and entropies in bits (h, w).

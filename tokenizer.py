@@ -27,7 +27,7 @@ Another CPU rounds differently and ends with other codes.)
 
 Axis legend of all files: B batch, N images, T tokens, C channels, H W pixels, h w token
 grid, K codes, M clusters, S codes in the largest cluster, d code dimension, V
-vocabulary of the model at hand, F features. y is the
+vocabulary of the model at hand, F features; N' is the size of a second set. y is the
 class of an image: what the image shows. A label is always the label of a token.
 """
 
@@ -42,7 +42,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-if "IPython" not in sys.modules:  # "!python" inherits a backend that may be missing
+if "IPython" not in sys.modules:  # a notebook's !python passes on its own backend
     os.environ.pop("MPLBACKEND", None)
 import matplotlib
 import numpy as np
@@ -100,13 +100,13 @@ class Up(nn.Sequential):
 
 
 class VQVAE(nn.Module):
-    """Image -> token grid -> image, through a codebook E of K unit vectors."""
+    """Image -> token grid -> image, through a codebook of K unit vectors."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         halvings = config.downsample.bit_length() - 1  # downsample is 2 ** halvings
-        # By default the widths are [48, 96]. Fewer than 16 channels would be too few.
+        # [48, 96] by default; at least 16, for a large downsample.
         widths = [max(16, config.channels // 2**i) for i in reversed(range(halvings))]
         downs, ups = [], []
         outer = 3
@@ -122,7 +122,7 @@ class VQVAE(nn.Module):
         # Buffers, not parameters: the codes get no gradient. update_codebook moves
         # them.
         codes = F.normalize(torch.randn(config.codebook_size, d), dim=1)
-        self.register_buffer("codebook", codes)  # E, (K, d)
+        self.register_buffer("codebook", codes)  # (K, d)
         # For each code, the exponential moving average (EMA) of the number of vectors
         # that chose it, and of their sum.
         self.register_buffer("moving_count", torch.ones(len(codes)))  # (K,)
@@ -140,12 +140,12 @@ class VQVAE(nn.Module):
         """Replace every vector by its nearest code, with the straight-through
         estimator.
 
-        z: unit vectors (B, d, h, w). Returns three things: the codes z_q (B, d, h, w),
-        whose gradient is passed to z unchanged; the fine labels int64 (B, T), row by
-        row; and the commitment loss, the mean of (z - code)^2 over all B d h w
-        elements, whose gradient reaches z (VQ-VAE, equations 1 to 3). The nearest code
-        is found in float32 even under autocast: bfloat16 is too coarse to tell codes
-        apart.
+        z: unit vectors (B, d, h, w). Returns (VQ-VAE, equations 1 to 3)
+        - z_q (B, d, h, w): the codes. Their gradient is passed to z unchanged.
+        - fine int64 (B, T): the fine labels, row by row.
+        - commitment: the mean of (z - code)^2 over all elements, with a gradient to z.
+        The nearest code is found in float32 even under autocast: bfloat16 is too coarse
+        to tell codes apart.
         """
         vectors = as_rows(z.detach())  # (B*T, d)
         # For unit vectors |z - e|^2 = 2 - 2 z.e, so the nearest code has the largest
@@ -188,13 +188,13 @@ class VQVAE(nn.Module):
     # The codebook is learnt without gradients, from the vectors that choose each code.
 
     @torch.no_grad()
-    def update_codebook(self, z, fine, rng, decay=0.99, dead=0.02):
+    def update_codebook(self, z, fine, rng, decay=0.99, dead_below=0.02):
         """Update every code by an EMA of the vectors that chose it (VQ-VAE, appendix
         A.1), and re-initialise dead codes.
 
         z (B, d, h, w) and fine (B, T) come from one batch; rng is a numpy Generator. A
         code becomes the direction of the EMA of the sum of its vectors. A code is dead
-        if the EMA of its count is below 'dead' times the mean count. It is
+        if the EMA of its count is below dead_below times the mean count. It is
         re-initialised to a random vector of z. Without that, most of a large codebook
         would never be used.
         """
@@ -204,7 +204,7 @@ class VQVAE(nn.Module):
         self.moving_count.lerp_(counts.float(), 1 - decay)
         self.moving_sum.lerp_(sums, 1 - decay)
         self.codebook.copy_(F.normalize(self.moving_sum, dim=1))
-        is_dead = self.moving_count < dead * self.moving_count.mean()
+        is_dead = self.moving_count < dead_below * self.moving_count.mean()
         which = is_dead.nonzero()[:, 0]
         chosen = torch.from_numpy(rng.integers(len(vectors), size=len(which)))
         self.set_codes(which, vectors[chosen.to(z.device)])
@@ -303,7 +303,7 @@ def parse_args(argv):
     add("--channels", type=int, default=default.channels, help="network width")
     add("--codebook-size", type=int, default=default.codebook_size, help="K")
     add("--code-dim", type=int, default=default.code_dim, help="d")
-    what = "first steps, in which it is a plain autoencoder"
+    what = "steps without the codebook, at the start"
     add("--codebook-after", type=int, default=150, help=what)
     add_training_flags(parser, steps=600, batch_size=128, lr=2e-3)
     args = parser.parse_args(argv)
@@ -358,19 +358,19 @@ def main(argv=None):
         quantized = step >= codebook_after
         with autocast(device):
             x_hat, z, fine, commitment = model(x, quantized)
-        loss = F.mse_loss(x_hat, x) + 0.25 * commitment
+        loss = F.mse_loss(x_hat, x) + 0.25 * commitment  # beta of VQ-VAE
         optimizer.zero_grad()
         loss.backward()
         clip_gradients(model, step, path)
         optimizer.step()
         if quantized:
             model.update_codebook(z.detach(), fine, rng)
-        if record(checkpoint, loss, began, bar, args):
+        if finish_step(checkpoint, loss, began, bar, args):
             measured = measure(model, test_set.x[:1000], quantized)
             checkpoint["codebook_id"] = short_hash(model.codebook)
             save_checkpoint(path, model, optimizer, checkpoint, args, measured)
 
-    # Without autocast: fine labels are found in float32.
+    # Without autocast: here the encoder, too, runs in float32.
     fine, test_fine = tokenize(model, train_set.x), tokenize(model, test_set.x)
     save(
         args.out / "tokens.pt",
@@ -428,7 +428,7 @@ def interleave(examples):
     first n have the classes in the proportions of the whole set, up to a few images."""
     due = torch.empty(len(examples.y), dtype=torch.float64)
     for number, count in enumerate(examples.y.bincount()):
-        # The fraction of the new order, 0..1, after which example j of a class comes.
+        # Example j of a class belongs after this fraction of the new order, 0..1.
         due[examples.y == number] = (torch.arange(count) + 0.5).double() / count
     order = due.argsort(stable=True)
     return Examples(examples.x[order], examples.y[order])
@@ -512,8 +512,9 @@ def find_images(root):
 def class_files(folder):
     """{class name: sorted files} of folder/CLASS/*."""
     files = {path.name: visible(path) for path in visible(folder) if path.is_dir()}
-    for path in (path for own in files.values() for path in own if path.is_dir()):
-        fail(f"{path} is a folder where images should be; expected {LAYOUT}")
+    folders = [path for own in files.values() for path in own if path.is_dir()]
+    if folders:
+        fail(f"{folders[0]} is a folder where images should be; expected {LAYOUT}")
     return files
 
 
@@ -675,9 +676,9 @@ def clip_gradients(model, step, path):
         fail(f"the gradient is {norm:.3g} at step {step}: try a lower --lr; {last}")
 
 
-def record(checkpoint, loss, began, bar, args):
-    """Add a finished step to checkpoint: its number, loss and seconds. Returns whether
-    to measure and save now: every --save-every steps, at the end, and when a copy of
+def finish_step(checkpoint, loss, began, bar, args):
+    """Add a step to checkpoint: its number, loss and seconds. Returns whether it is
+    time to measure and save: every --save-every steps, at the end, and when a copy of
     --keep is due."""
     checkpoint["history"]["loss"].append(loss.item())  # .item() waits for the GPU
     if checkpoint["step"] > 0:  # the first step warms up, and compiles

@@ -116,7 +116,7 @@ EXERCISES = {
     ),
     "coarse-labels": Exercise(
         "cluster",
-        ["to_coarse", "codes_of_clusters"],
+        ["to_coarse", "labels_by_cluster"],
         "CTF, figure 1a: the map g and its inverse",
         15,
         "Look up the cluster of every token of a data set, and list the codes of every "
@@ -249,7 +249,7 @@ EXERCISES = {
     ),
     "precision-recall": Exercise(
         "evaluate",
-        ["neighbour_radius", "covered"],
+        ["squared_radius", "covered"],
         "Kynkäänniemi et al. 2019, equations 1 and 2",
         30,
         "Compute the squared distance of every member to its k-th neighbour, and the "

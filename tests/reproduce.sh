@@ -26,14 +26,17 @@ once() {
     mv "$mark.begun" "$mark"
 }
 
-# Three learning rates for each model at its default length, seed 0.
+# Learning rates for each model at its default length, seed 0. The defaults (1e-3, stage
+# 2: 3e-3) are in $OUT.
 learning_rates() {
-    for lr in 1e-3 2e-3 4e-3; do
+    for lr in 5e-4 2e-3 4e-3; do
         once python ar_model.py --out $OUT/lr$lr --lr $lr
         once python ar_model.py --out $OUT/lr$lr --lr $lr --labels fine
+    done
+    for lr in 1e-3 2e-3 4e-3; do
         once python aux_model.py --out $OUT/lr$lr --lr $lr
     done
-    python tests/results.py loss $OUT/lr*/coarse.pt $OUT/lr*/baseline.pt $OUT/lr*/fine.pt
+    python tests/results.py loss $OUT/{,lr*/}{coarse,baseline,fine}.pt
 }
 
 # Guidance and temperature of each model on seed 0. The sampling seed is 1, so that what
@@ -41,13 +44,11 @@ learning_rates() {
 sampling() {
     for T in 0.8 0.9 1; do
         flags="--temperature $T --seed 1 --cfg-scales 1 1.5 2 3 4"
-        mkdir -p $OUT/search/sampled-T$T $OUT/search/argmax-T$T
+        mkdir -p $OUT/search/{sampled,argmax}-T$T
         once python sample.py --out $OUT/search/sampled-T$T --fine-top-k 0 $flags
-        once python sample.py --out $OUT/search/argmax-T$T $flags
         once python sample.py --out $OUT/search/sampled-T$T --model baseline $flags
+        once python sample.py --out $OUT/search/argmax-T$T $flags
     done
-    once python sample.py --num-samples 5000
-    once python evaluate.py # trains the judge
     python tests/results.py best $OUT/search
 }
 
@@ -55,21 +56,24 @@ sampling() {
 # its own settings. 5,000 images per row.
 table1() {
     for seed in 0 1 2; do
-        out=$OUT/seed$seed
-        once python ar_model.py --out $out --seed $seed --keep 10
-        once python aux_model.py --out $out --seed $seed --keep 10
-        once python ar_model.py --out $out --seed $seed --labels fine --keep 10
-        judge_three_ways $out
+        train_all $OUT/seed$seed --seed $seed --keep 10
+        judge_three_ways $OUT/seed$seed
     done
     for way in paper tuned argmax; do
         python tests/results.py mean $OUT/seed{0,1,2}/$way
     done
 }
 
+# Train CTF and its baseline in a folder.
+train_all() {
+    once python ar_model.py --out "$@"
+    once python aux_model.py --out "$@"
+    once python ar_model.py --labels fine --out "$@"
+}
+
 # Sample the models in a folder in three ways: both at temperature 1 with sampled fine
-# labels, as the paper; both tuned; CTF with the argmax. Guidance 2 is the best that
-# `sampling` found at temperature 1. The temperature 0.9 of "tuned" has NOT been chosen
-# yet: put the best of `sampling` there first, for each model.
+# labels, as the paper; both tuned; CTF with the argmax. Guidance and temperatures are
+# those that `sampling` found.
 judge_three_ways() {
     N=5000
     once python sample.py --out $1/paper --num-samples $N --fine-top-k 0 --cfg-scales 2
@@ -80,6 +84,32 @@ judge_three_ways() {
     for way in paper tuned argmax; do
         once python evaluate.py --out $1/$way
     done
+}
+
+# Table 1 again with another tokenizer, and the same judge.
+tokenizers() {
+    out=$OUT/tokenizer1
+    once python tokenizer.py --out $out --seed 1
+    once python cluster.py --out $out
+    once cp $OUT/classifier.pt $out
+    train_all $out
+    judge_three_ways $out
+    for way in paper tuned argmax; do
+        python tests/results.py rows $OUT/seed0/$way $out/$way
+    done
+}
+
+# Equal seconds: the baseline for as long as CTF's two trainings take together. On the
+# machine of RESULTS.md that is 2,150 steps.
+equal_seconds() {
+    for lr in 1e-3 2e-3; do
+        once python ar_model.py --out $OUT/seconds/lr$lr --lr $lr --labels fine --steps 2150
+    done
+    out=$OUT/seconds/lr1e-3
+    once python sample.py --out $out --num-samples 5000 --model baseline
+    once python evaluate.py --out $out
+    python tests/results.py loss $OUT/seconds/lr*/baseline.pt
+    python tests/results.py rows $OUT/seed0/paper $out
 }
 
 # Figure 2: the ten copies of seed 0 that table1 keeps.
@@ -139,6 +169,27 @@ table3def() {
     python tests/results.py rows $OUT/topk{1,8,32,0} $OUT/T{0.9,1.1} $OUT/fineT{0.9,1.1}
 }
 
+# The size K of the codebook at M = 128, 1,000 steps of each model. The learning rate of
+# the baseline is the best of three for each K. (At K = 16384 a run takes twenty minutes
+# of one core: chosen in runs of 333 steps.) Stage 1 has 128 labels at every K: its rate
+# is chosen at K = 4096, with the tokenizer of $OUT.
+sweep() {
+    for K in 256 1024 16384; do
+        once python tokenizer.py --out $OUT/K$K --codebook-size $K
+        once python cluster.py --out $OUT/K$K
+    done
+    for lr in 1e-3 2e-3 4e-3; do
+        once python ar_model.py --out $OUT/K4096/lr$lr --lr $lr --steps 1000
+    done
+    for lr in 2e-3 4e-3 8e-3; do
+        for K in 256 1024 4096; do
+            once python ar_model.py --out $OUT/K$K/lr$lr --lr $lr --labels fine --steps 1000
+        done
+        once python ar_model.py --out $OUT/K16384/lr$lr --lr $lr --labels fine --steps 333
+    done
+    python tests/results.py loss $OUT/K*/lr*/{coarse,baseline}.pt
+}
+
 # Table 2: speed with random weights, at the default size.
 speed() {
     python tests/benchmark.py --batch-sizes 64
@@ -168,6 +219,21 @@ cifar_gpu() {
             python tests/results.py mean $out/seed{0,1,2}/$way/cfg$scale
         done
     done
+}
+
+# CIFAR-10 at the paper's K and M after a short training: 1,000 steps of stage 1 and 500
+# of stage 2 against 1,000 of the baseline. First the learning rates, on seed 0. (A
+# baseline takes over twenty minutes of one core, so its rate is chosen in 333 steps.)
+cifar_rates() {
+    out=$OUT/cifar
+    once python tokenizer.py --data $CIFAR --out $out --codebook-size 16384 --steps 1500
+    once python cluster.py --out $out --clusters 512
+    for lr in 1e-3 2e-3 4e-3; do
+        once python ar_model.py --out $out/lr$lr --lr $lr --dim 192 --steps 1000
+        once python aux_model.py --out $out/lr$lr --lr $lr --steps 500
+        once python ar_model.py --out $out/lr$lr --lr $lr --dim 192 --steps 333 --labels fine
+    done
+    python tests/results.py loss $out/lr*/{coarse,fine,baseline}.pt
 }
 
 # CIFAR-10 at the paper's K and M on two cores. The last three trainings take 80 minutes

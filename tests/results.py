@@ -55,7 +55,7 @@ def best(folders):
     for path in paths:
         samples = torch.load(path, map_location="cpu", weights_only=True)
         N = len(samples["images"])
-        if real is None or len(real.some) != N:
+        if real is None or len(real.first) != N:
             _, test_set, data = tokenizer.load_examples(path.parent, "images.pt")
             judge = evaluate.Classifier(len(data["class_names"]))
             found = torch.load(data["path"].with_name("classifier.pt"))

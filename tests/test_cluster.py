@@ -154,7 +154,7 @@ def test_coarse_labels_of_examples_and_back():
     assert coarse.y.tolist() == list(range(20)), "the classes must stay the same"
     assert torch.equal(fine, kept), "the fine labels were overwritten"
     assert coarse.x.dtype == torch.int64, "cross-entropy needs int64"
-    by_cluster, sizes = (np.asarray(a) for a in cluster.codes_of_clusters(g.numpy()))
+    by_cluster, sizes = (np.asarray(a) for a in cluster.labels_by_cluster(g.numpy()))
     wanted = sorted(range(200), key=lambda code: (g[code].item(), code))
     assert by_cluster.tolist() == wanted, "codes of 0, then of 1, ..., each ascending"
     assert sizes.tolist() == [(g == m).sum().item() for m in range(5)]
@@ -164,7 +164,7 @@ def test_coarse_labels_of_examples_and_back():
 def test_swaps_stay_in_their_cluster_and_reach_all_of_it(monkeypatch):
     g = np.array([0, 1, 1, 0, 1, 2])
     inverse = np.array([0, 3, 1, 2, 4, 5]), np.array([2, 3, 1])
-    monkeypatch.setattr(cluster, "codes_of_clusters", lambda code_to_cluster: inverse)
+    monkeypatch.setattr(cluster, "labels_by_cluster", lambda code_to_cluster: inverse)
 
     def swap(tokens, seed):
         return swap_within_clusters(tokens, g, np.random.default_rng(seed))

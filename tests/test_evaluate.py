@@ -295,7 +295,7 @@ def test_each_set_is_measured_with_its_own_images_and_classes(trained, monkeypat
         assert x is None or torch.equal(call["images"], x[:N]), f"{name}: other images"
         for found, wanted in (
             (call["real"].mu, real.mean(0)),
-            (call["real"].some, real[:N]),
+            (call["real"].first, real[:N]),
         ):
             np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
     assert protocol["num_samples"] == N and protocol["num_real"] == 24

@@ -219,7 +219,7 @@ def test_classes_are_those_of_the_test_set_or_those_asked_for(trained, capsys):
         (["--top-p", "95"], "--top-p must be above 0 and at most 1"),
         (["--temperature", "0"], "a temperature must be above 0"),
         (["--fine-temperature", "0"], "a temperature must be above 0"),
-        (["--fine-temperature", "2"], "--fine-temperature needs --fine-top-k 0"),
+        (["--fine-temperature", "2"], "add --fine-top-k 0"),
         (["--model", "baseline", "--anatomy"], "the baseline has only one"),
     ],
 )

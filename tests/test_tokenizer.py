@@ -269,7 +269,7 @@ def test_codes_are_found_in_float32_under_autocast(model):
 def test_the_codebook_follows_moving_averages(model):
     z, fine = unit_vectors(2, 8, 4, 4), torch.randint(24, (2, 16))
     count, total = model.moving_count.clone(), model.moving_sum.clone()
-    model.update_codebook(z, fine, np.random.default_rng(0), decay=0.9, dead=0.0)
+    model.update_codebook(z, fine, np.random.default_rng(0), decay=0.9, dead_below=0.0)
     for code in range(24):
         own = as_rows(z)[fine.flatten() == code]
         new_count = 0.9 * count[code] + 0.1 * len(own)
@@ -326,7 +326,7 @@ def test_a_code_is_dead_by_the_new_counts_and_the_share_asked_for(model):
     z = unit_vectors(2, 8, 4, 4)
     sums = torch.zeros(24, 8).index_add_(0, fine.flatten(), as_rows(z))
     alive = F.normalize(model.moving_sum + sums, dim=1)
-    model.update_codebook(z, fine, np.random.default_rng(0), decay=0.5, dead=0.2)
+    model.update_codebook(z, fine, np.random.default_rng(0), decay=0.5, dead_below=0.2)
     restarted = (model.codebook - alive).norm(dim=1) > 1e-4
     message = "only 0.3 is below 0.2 of the mean count after the update"
     assert restarted.nonzero()[:, 0].tolist() == [23], message
