@@ -1,16 +1,18 @@
 """Tables and figures that need several folders, from what the six scripts wrote there.
 
     python tests/results.py loss out/lr*/baseline.pt        # test loss per learning rate
-    python tests/results.py best out/search                 # FD of every sample file below
+    python tests/results.py best out/search                 # scores of the samples below
     python tests/results.py mean out out/seed1 out/seed2    # mean ± deviation of 3 seeds
     python tests/results.py rows out out/M512               # the model rows of folders
     python tests/results.py coarse out                      # bits per coarse label
+    python tests/results.py refine out                      # the baseline's coarse labels
     python tests/results.py convergence out                 # figure 2, from out/kept-*
 
 Each prints a Markdown table. tests/reproduce.sh calls it for every table of RESULTS.md.
 """
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -24,8 +26,11 @@ import evaluate
 import sample
 import tokenizer
 from ar_model import mean_loss
+from aux_model import predict_fine
 
+CPU = torch.device("cpu")
 SCORES = ["fd", "inception_score", "class_accuracy", "precision", "recall"]
+HEAD = ["FD", "IS", "class accuracy", "precision", "recall"]
 
 
 def table(head, rows):
@@ -46,31 +51,62 @@ def loss(paths):
     return table(["file", "lr", "steps", "nats", "bits", "seconds"], rows)
 
 
+@functools.cache
+def judge_of(path, N):
+    """The judge that evaluate.py has trained beside path, an images.pt; and the Real of
+    its test images, the first N for precision and recall."""
+    data = torch.load(path, weights_only=True)
+    judge = evaluate.Classifier(len(data["class_names"]))
+    judge.load_state_dict(torch.load(path.with_name("classifier.pt"))["model"])
+    judge = tokenizer.to_device(judge.eval(), CPU)
+    features, _ = evaluate.look(judge, data["test"][0], CPU)
+    return judge, evaluate.Real(features, N, CPU)
+
+
+def scores(folder, images, y):
+    """The scores of images of classes y, compared with the images.pt of folder."""
+    judge, real = judge_of(tokenizer.find(folder, "images.pt"), len(images))
+    return evaluate.measure(images, y, judge, real, CPU)
+
+
 def best(folders):
-    """The FD of all sample files below folders, the lowest of each model first. To
-    choose settings: it is much faster than evaluate.py, which measures everything."""
-    device = torch.device("cpu")
-    paths = [p for folder in folders for p in sorted(folder.rglob("samples*.pt"))]
-    rows, real = [], None
-    for path in paths:
+    """The scores of all sample files below folders, the lowest FD of each model first:
+    to choose settings. (evaluate.py measures more, which takes longer.)"""
+    found = {}
+    for path in [path for folder in folders for path in folder.rglob("samples*.pt")]:
         samples = torch.load(path, map_location="cpu", weights_only=True)
-        N = len(samples["images"])
-        if real is None or len(real.first) != N:
-            _, test_set, data = tokenizer.load_examples(path.parent, "images.pt")
-            judge = evaluate.Classifier(len(data["class_names"]))
-            found = torch.load(data["path"].with_name("classifier.pt"))
-            judge.load_state_dict(found["model"])
-            judge = tokenizer.to_device(judge.eval(), device)
-            features, _ = evaluate.look(judge, test_set.x, device)
-            real = evaluate.Real(features, N, device)
-        features, logits = evaluate.look(judge, samples["images"], device)
-        gaussian = evaluate.gaussian(features)
-        distance = evaluate.frechet_distance(real.mu, real.sigma, *gaussian)
-        accuracy = evaluate.class_accuracy(logits, samples["classes"])
-        rows.append((sample.name_of(samples), distance, accuracy))
-    rows.sort(key=lambda row: (row[0].partition("guidance")[0], row[1]))
-    cells = [[name, f"{fd:.2f}", f"{accuracy:.1%}"] for name, fd, accuracy in rows]
-    return table(["images", "FD", "class accuracy"], cells)
+        own = scores(path.parent, samples["images"], samples["classes"])
+        found[sample.name_of(samples)] = own
+    order = sorted(found, key=lambda name: (name.split(", guid")[0], found[name]["fd"]))
+    cells = [[name, *(number([found[name][k]], k) for k in SCORES)] for name in order]
+    return table(["images", *HEAD], cells)
+
+
+@torch.no_grad()
+def refine(folders):
+    """A control without training: the baseline's samples as they are, and with the fine
+    labels that stage 2 gives to their coarse labels. Which of the two is at fault?"""
+    cells = []
+    for folder in folders:
+        path = folder / "samples-baseline.pt"
+        samples = torch.load(path, map_location="cpu", weights_only=True)
+        y = samples["classes"]
+        models, _ = sample.load_models(folder, "ctf", CPU)
+        found = {"baseline": scores(folder, samples["images"], y)}
+        coarse = models["aux"].code_to_cluster[samples["fine"]]
+        for how, top_k in (("argmax", 1), ("sampled", 0)):
+            generator = torch.Generator().manual_seed(0)
+            fine = [
+                predict_fine(models["aux"], c, own_y, generator, top_k=top_k)
+                for c, own_y in zip(coarse.split(100), y.split(100))
+            ]
+            images = tokenizer.reconstruct(models["vqvae"], torch.cat(fine))
+            name = f"its coarse labels, {how} fine labels of stage 2"
+            found[name] = scores(folder, images, y)
+        for name, own in found.items():
+            numbers = (number([own[key]], key) for key in SCORES)
+            cells.append([str(folder), name, *numbers])
+    return table(["folder", "images", *HEAD], cells)
 
 
 def read(folders):
@@ -114,8 +150,7 @@ def mean(folders):
         else:
             cells += ["", ""]
         rows.append(cells)
-    head = ["images", "FD", "IS", "class accuracy", "precision", "recall"]
-    text = table([*head, "bits per token", "training s"], rows)
+    text = table(["images", *HEAD, "bits per token", "training s"], rows)
     return f"{text}\n\n{len(runs)} runs; {evaluate.caption(runs[0]['protocol'])}"
 
 
@@ -130,8 +165,8 @@ def rows(folders):
                 text = " + ".join(f"{value:.2f}" for value in bits)
                 seconds = f"{row['train_seconds']:.0f}" if bits else ""
                 cells.append([str(folder), row["name"], *scores, text, seconds])
-    head = ["folder", "images", "FD", "IS", "class accuracy", "precision", "recall"]
-    return table([*head, "bits per token", "training s"], cells)
+    head = ["folder", "images", *HEAD, "bits per token", "training s"]
+    return table(head, cells)
 
 
 @torch.no_grad()
@@ -141,9 +176,9 @@ def coarse(folders):
     1 has seen the coarse labels before a token, the baseline the fine labels."""
     cells = []
     for folder in folders:
-        models, _ = sample.load_models(folder, "ctf", torch.device("cpu"))
+        models, _ = sample.load_models(folder, "ctf", CPU)
         g, stage1 = models["aux"].code_to_cluster, models["ar"]
-        baseline = sample.load_models(folder, "baseline", torch.device("cpu"))[0]["ar"]
+        baseline = sample.load_models(folder, "baseline", CPU)[0]["ar"]
         _, (fine, y), _ = tokenizer.load_examples(folder, "tokens.pt")
         nats = mean_loss(stage1, g[fine], y)
         own = []
@@ -190,7 +225,7 @@ def convergence(folders):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = {"loss": loss, "best": best, "mean": mean, "rows": rows}
-    commands |= {"coarse": coarse, "convergence": convergence}
+    commands |= {"coarse": coarse, "refine": refine, "convergence": convergence}
     parser.add_argument("what", choices=commands)
     parser.add_argument("paths", type=Path, nargs="+", help="folders (loss: .pt files)")
     args = parser.parse_args(argv)

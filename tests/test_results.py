@@ -57,6 +57,24 @@ def test_the_best_settings_have_the_lowest_distance(trained):
     assert f"| {rows[-1]['fd']:.2f} |" in next(x for x in lines if "guidance 1 " in x)
 
 
+def test_refined_samples_keep_their_coarse_labels(trained, monkeypatch):
+    sample.main(["--out", str(trained), "--num-samples", "24", "--model", "baseline"])
+    samples = torch.load(trained / "samples-baseline.pt", weights_only=True)
+    decoded = []
+    capture = lambda vqvae, fine: decoded.append(fine)
+    monkeypatch.setattr(results.tokenizer, "reconstruct", capture)
+    monkeypatch.setattr(results, "scores", lambda *_: dict.fromkeys(results.SCORES, 1))
+    text = results.refine([trained])
+    g = torch.load(trained / "clusters.pt", weights_only=True)["code_to_cluster"]
+    coarse = g[samples["fine"]]
+    assert len(decoded) == 2 and all(torch.equal(g[fine], coarse) for fine in decoded)
+    # The first takes the argmax, the second samples.
+    aux = sample.load_models(trained, "ctf", torch.device("cpu"))[0]["aux"]
+    index = aux(coarse, samples["classes"]).argmax(dim=-1)[..., None]
+    assert torch.equal(decoded[0], aux.members[coarse].gather(2, index)[..., 0])
+    assert not torch.equal(*decoded) and len(text.splitlines()) == 5
+
+
 def test_coarse_bits_of_the_baseline_against_a_loop(trained):
     """Without learnt weights the baseline is uniform over K codes, and its clusters are
     of equal size: log2 of M = 4 bits."""
