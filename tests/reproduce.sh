@@ -42,7 +42,7 @@ learning_rates() {
 # Guidance and temperature of each model on seed 0. The sampling seed is 1, so that what
 # is chosen here is reported on other samples.
 sampling() {
-    for T in 0.8 0.9 1; do
+    for T in 0.5 0.6 0.7 0.8 0.9 1; do
         flags="--temperature $T --seed 1 --cfg-scales 1 1.5 2 3 4"
         mkdir -p $OUT/search/{sampled,argmax}-T$T
         once python sample.py --out $OUT/search/sampled-T$T --fine-top-k 0 $flags
@@ -52,36 +52,37 @@ sampling() {
     python tests/results.py best $OUT/search
 }
 
-# Table 1: CTF against its baseline at equal steps, three training seeds, each model at
-# its own settings. 5,000 images per row.
+# Table 1: CTF against its baseline at equal steps, three training seeds, 5,000 images.
 table1() {
     for seed in 0 1 2; do
-        train_all $OUT/seed$seed --seed $seed --keep 10
-        judge_three_ways $OUT/seed$seed
+        train $OUT/seed$seed --seed $seed --keep 10
+        judge $OUT/seed$seed
     done
-    for way in paper tuned argmax; do
+    for way in paper paper-argmax tuned tuned-argmax; do
         python tests/results.py mean $OUT/seed{0,1,2}/$way
     done
 }
 
 # Train CTF and its baseline in a folder.
-train_all() {
+train() {
     once python ar_model.py --out "$@"
     once python aux_model.py --out "$@"
     once python ar_model.py --labels fine --out "$@"
 }
 
-# Sample the models in a folder in three ways: both at temperature 1 with sampled fine
-# labels, as the paper; both tuned; CTF with the argmax. Guidance and temperatures are
-# those that `sampling` found.
-judge_three_ways() {
-    N=5000
-    once python sample.py --out $1/paper --num-samples $N --fine-top-k 0 --cfg-scales 2
-    once python sample.py --out $1/paper --num-samples $N --model baseline --cfg-scales 2
-    once python sample.py --out $1/tuned --num-samples $N --fine-top-k 0 --cfg-scales 2 --temperature 0.9
-    once python sample.py --out $1/tuned --num-samples $N --model baseline --cfg-scales 2 --temperature 0.9
-    once python sample.py --out $1/argmax --num-samples $N --cfg-scales 2
-    for way in paper tuned argmax; do
+# Sample and judge the models of a folder in four ways: at temperature 1 or at the best
+# temperature, with sampled or argmax fine labels, each time at the best guidance.
+# `sampling` finds that these settings are the same for all models.
+PAPER="--num-samples 5000 --cfg-scales 2"
+TUNED="--num-samples 5000 --cfg-scales 1.5 --temperature 0.5"
+judge() {
+    once python sample.py --out $1/paper $PAPER --fine-top-k 0
+    once python sample.py --out $1/paper $PAPER --model baseline
+    once python sample.py --out $1/paper-argmax $PAPER
+    once python sample.py --out $1/tuned $TUNED --fine-top-k 0
+    once python sample.py --out $1/tuned $TUNED --model baseline
+    once python sample.py --out $1/tuned-argmax $TUNED
+    for way in paper paper-argmax tuned tuned-argmax; do
         once python evaluate.py --out $1/$way
     done
 }
@@ -92,9 +93,9 @@ tokenizers() {
     once python tokenizer.py --out $out --seed 1
     once python cluster.py --out $out
     once cp $OUT/classifier.pt $out
-    train_all $out
-    judge_three_ways $out
-    for way in paper tuned argmax; do
+    train $out
+    judge $out
+    for way in paper paper-argmax tuned tuned-argmax; do
         python tests/results.py rows $OUT/seed0/$way $out/$way
     done
 }
@@ -105,11 +106,20 @@ equal_seconds() {
     for lr in 1e-3 2e-3; do
         once python ar_model.py --out $OUT/seconds/lr$lr --lr $lr --labels fine --steps 2150
     done
-    out=$OUT/seconds/lr1e-3
-    once python sample.py --out $out --num-samples 5000 --model baseline
-    once python evaluate.py --out $out
     python tests/results.py loss $OUT/seconds/lr*/baseline.pt
-    python tests/results.py rows $OUT/seed0/paper $out
+    out=$OUT/seconds/lr1e-3 # the better one
+    once python sample.py --out $out/paper $PAPER --model baseline
+    once python sample.py --out $out/tuned $TUNED --model baseline
+    for way in paper tuned; do
+        once python evaluate.py --out $out/$way
+        python tests/results.py rows $OUT/seed0/$way $out/$way
+    done
+}
+
+# Why the baseline's samples are worse: two controls without training, after `table1`.
+difference() {
+    python tests/results.py coarse $OUT/seed{0,1,2}
+    python tests/results.py refine $OUT/seed{0,1,2}/{paper,tuned}
 }
 
 # Figure 2: the ten copies of seed 0 that table1 keeps.
