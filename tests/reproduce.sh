@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# The commands of every table in .github/RESULTS.md, one function per table.
+# The commands of the tables in .github/RESULTS.md, one function per table.
 #
 #     bash tests/reproduce.sh NAME ...     # for example: random, or table1 convergence
 #
-# They run in $OUT (default: out) and its sub-folders, and need what the main command of
-# the README left in $OUT. A command that has finished is skipped, so this script can be
-# stopped and called again: a training then continues from its last save.
+# They run in $OUT (default: out) and its sub-folders, and need what the commands of the
+# README left in $OUT, those of the baseline included. tokenizers, equal_seconds,
+# difference and convergence also need table1. A command that has finished is skipped,
+# so this script can be stopped and called again: a training then continues from its
+# last save. RESULTS.md used OMP_NUM_THREADS=1 and two trainings at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out}
@@ -17,11 +19,14 @@ once() {
     [ -e "$mark" ] && return
     echo "+ $*"
     mkdir -p "$OUT/done"
-    if [ -e "$mark.begun" ]; then
-        "$@" --resume 2>/dev/null || "$@"
-    else
-        touch "$mark.begun"
-        "$@"
+    local resume=
+    if [ -e "$mark.begun" ]; then # it was stopped: only a training can continue
+        case $2 in tokenizer.py | ar_model.py | aux_model.py) resume=--resume ;; esac
+    fi
+    touch "$mark.begun"
+    if ! "$@" $resume; then
+        echo "to start this command from its beginning: rm $mark.begun"
+        exit 1
     fi
     mv "$mark.begun" "$mark"
 }
@@ -33,7 +38,7 @@ learning_rates() {
         once python ar_model.py --out $OUT/lr$lr --lr $lr
         once python ar_model.py --out $OUT/lr$lr --lr $lr --labels fine
     done
-    for lr in 1e-3 2e-3 4e-3; do
+    for lr in 1e-3 2e-3 4e-3 8e-3; do
         once python aux_model.py --out $OUT/lr$lr --lr $lr
     done
     python tests/results.py loss $OUT/{,lr*/}{coarse,baseline,fine}.pt
@@ -107,7 +112,7 @@ equal_seconds() {
         once python ar_model.py --out $OUT/seconds/lr$lr --lr $lr --labels fine --steps 2150
     done
     python tests/results.py loss $OUT/seconds/lr*/baseline.pt
-    out=$OUT/seconds/lr1e-3 # the better one
+    out=$OUT/seconds/lr1e-3
     once python sample.py --out $out/paper $PAPER --model baseline
     once python sample.py --out $out/tuned $TUNED --model baseline
     for way in paper tuned; do
@@ -179,11 +184,12 @@ table3def() {
     python tests/results.py rows $OUT/topk{1,8,32,0} $OUT/T{0.9,1.1} $OUT/fineT{0.9,1.1}
 }
 
-# The size K of the codebook at M = 128, 1,000 steps of each model. The learning rate of
-# the baseline is the best of three for each K. (At K = 16384 a run takes twenty minutes
+# Learning rates for the sweep over the size K of the codebook, at M = 128 and 1,000
+# steps of each model. (The samples of the sweep have no function yet.) The rate of the
+# baseline is the best of three for each K. (At K = 16384 a run takes twenty minutes
 # of one core: chosen in runs of 333 steps.) Stage 1 has 128 labels at every K: its rate
 # is chosen at K = 4096, with the tokenizer of $OUT.
-sweep() {
+sweep_rates() {
     for K in 256 1024 16384; do
         once python tokenizer.py --out $OUT/K$K --codebook-size $K
         once python cluster.py --out $OUT/K$K
@@ -231,9 +237,10 @@ cifar_gpu() {
     done
 }
 
-# CIFAR-10 at the paper's K and M after a short training: 1,000 steps of stage 1 and 500
-# of stage 2 against 1,000 of the baseline. First the learning rates, on seed 0. (A
-# baseline takes over twenty minutes of one core, so its rate is chosen in 333 steps.)
+# Learning rates for CIFAR-10 at the paper's K and M after a short training: 1,000 steps
+# of stage 1 and 500 of stage 2 against 1,000 of the baseline. (A baseline takes over
+# twenty minutes of one core, so its rate is chosen in 333 steps. The samples have no
+# function yet.)
 cifar_rates() {
     out=$OUT/cifar
     once python tokenizer.py --data $CIFAR --out $out --codebook-size 16384 --steps 1500
@@ -253,7 +260,7 @@ cifar_two_hours() {
     once python tokenizer.py --data $CIFAR --out $out --codebook-size 16384 --steps 1500
     once python cluster.py --out $out --clusters 512
     once python ar_model.py --out $out --dim 192 --steps 10000
-    once python aux_model.py --out $out --steps 5000
+    once python aux_model.py --out $out --steps 5000 --lr 1e-3
     once python ar_model.py --out $out --dim 192 --steps 4000 --labels fine
     once python sample.py --out $out --cfg-scales 1.5 2 3
     once python sample.py --out $out --cfg-scales 2 3 4 6 8 --model baseline

@@ -89,9 +89,9 @@ def test_a_finished_command_is_skipped_and_a_stopped_one_is_resumed(tmp_path):
     script = (ROOT / "tests" / "reproduce.sh").read_text()
     script = script.replace('"$0")/..', '"$0")')
     tool = "echo called $* >> log; test -e ready || { touch ready; exit 1; }"
-    (tmp_path / "tool").write_text(tool)
-    (tmp_path / "run.sh").write_text(script + "once bash tool train\n")
+    (tmp_path / "ar_model.py").write_text(tool)
+    (tmp_path / "run.sh").write_text(script + "once bash ar_model.py --lr 1\n")
     command = ["bash", str(tmp_path / "run.sh")]
     codes = [subprocess.run(command, check=False).returncode for _ in range(3)]
     assert codes == [1, 0, 0]
-    assert (tmp_path / "log").read_text() == "called train\ncalled train --resume\n"
+    assert (tmp_path / "log").read_text() == "called --lr 1\ncalled --lr 1 --resume\n"
