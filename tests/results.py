@@ -200,7 +200,9 @@ def convergence(folders):
     models = [row for run in read([p.parent for p in kept]) for row in run["rows"]]
     models = [row for row in models if "model" in row]
     figure = tokenizer.Figure(figsize=(12, 7.5), layout="constrained")
-    figure.suptitle("Samples during training: the same runs over steps and over seconds")
+    figure.suptitle(
+        "Samples during training: the same runs over steps and over seconds"
+    )
     labels = {"fd": "FD (log scale): lower is better"}
     labels["inception_score"] = "Inception Score: higher is better"
     names = list(dict.fromkeys(row["name"] for row in models))
