@@ -112,12 +112,13 @@ equal_seconds() {
         once python ar_model.py --out $OUT/seconds/lr$lr --lr $lr --labels fine --steps 2150
     done
     python tests/results.py loss $OUT/seconds/lr*/baseline.pt
-    out=$OUT/seconds/lr2e-3 # has the lower loss
-    once python sample.py --out $out/paper $PAPER --model baseline
-    once python sample.py --out $out/tuned $TUNED --model baseline
-    for way in paper tuned; do
-        once python evaluate.py --out $out/$way
-        python tests/results.py rows $OUT/seed0/$way $out/$way
+    for out in $OUT/seconds/lr1e-3 $OUT/seconds/lr2e-3; do
+        once python sample.py --out $out/paper $PAPER --model baseline
+        once python sample.py --out $out/tuned $TUNED --model baseline
+        for way in paper tuned; do
+            once python evaluate.py --out $out/$way
+            python tests/results.py rows $OUT/seed0/$way $out/$way
+        done
     done
 }
 
