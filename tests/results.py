@@ -72,13 +72,13 @@ def scores(folder, images, y):
 def best(folders):
     """The scores of all sample files below folders, the lowest FD of each model first:
     to choose settings. (evaluate.py measures more, which takes longer.)"""
-    found = {}
+    found = []
     for path in [path for folder in folders for path in folder.rglob("samples*.pt")]:
         samples = torch.load(path, map_location="cpu", weights_only=True)
         own = scores(path.parent, samples["images"], samples["classes"])
-        found[sample.name_of(samples)] = own
-    order = sorted(found, key=lambda name: (name.split(", guid")[0], found[name]["fd"]))
-    cells = [[name, *(number([found[name][k]], k) for k in SCORES)] for name in order]
+        found.append((sample.name_of(samples), own))
+    found.sort(key=lambda pair: (pair[0].partition(", guidance")[0], pair[1]["fd"]))
+    cells = [[name, *(number([own[k]], k) for k in SCORES)] for name, own in found]
     return table(["images", *HEAD], cells)
 
 

@@ -51,6 +51,8 @@ def test_the_best_settings_have_the_lowest_distance(trained):
     lines = results.best([search]).splitlines()[2:]
     distances = [float(line.split("|")[2]) for line in lines]
     assert len(lines) == 2 and distances == sorted(distances)
+    # Files of the same settings are all listed.
+    assert len(results.best([search, search]).splitlines()) == 2 + 4
     # It is the distance that evaluate.py measures.
     evaluate.main(["--out", str(search / "cfg1"), "--judge-steps", "2"])
     rows = json.loads((search / "cfg1" / "metrics.json").read_text())["rows"]
