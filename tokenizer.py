@@ -234,17 +234,12 @@ class VQVAE(nn.Module):
         all_codes = torch.arange(K, device=vectors.device)
         self.set_codes(all_codes, vectors[chosen.to(vectors.device)])
 
-    def usage(self):
-        """(percent of the codes in use, perplexity), from the EMA counts.
-
-        In use: at least a tenth of the average count. Perplexity: exp(entropy of the
-        shares), K if all codes are used equally often, 1 if only one is used. A code
-        that was just re-initialised has an average count, so it counts as used.
-        """
-        share = (self.moving_count / self.moving_count.sum()).cpu()
-        used = (share > 0.1 / len(share)).float().mean()
+    def perplexity(self):
+        """The effective number of codes, from the EMA counts: exp(entropy of their
+        shares). K if all codes are used equally often, 1 if only one is used."""
+        share = self.moving_count / self.moving_count.sum()
         entropy = torch.special.entr(share).sum()  # the sum of -p ln p
-        return 100 * used.item(), entropy.exp().item()
+        return entropy.exp().item()
 
 
 def as_rows(z):
@@ -393,14 +388,13 @@ def main(argv=None):
 
 
 def measure(model, images, quantized):
-    """Quality of the reconstructions of images uint8 (N, H, W, 3), and codebook usage;
-    nan while there is no codebook yet."""
+    """Quality of the reconstructions of images uint8 (N, H, W, 3), and perplexity of
+    the codebook; nan while there is no codebook yet."""
     if not quantized:
-        return {"psnr": math.nan, "usage": math.nan, "perplexity": math.nan}
+        return {"psnr": math.nan, "perplexity": math.nan}
     with autocast(images.device):
         quality = psnr(images, reconstruct(model, tokenize(model, images)))
-    used, perplexity = model.usage()
-    return {"psnr": quality, "usage": used, "perplexity": perplexity}
+    return {"psnr": quality, "perplexity": model.perplexity()}
 
 
 # ------------------------------------------------------------------------------- Images

@@ -345,11 +345,13 @@ def test_fill_codebook_sets_every_code_to_an_encoder_output(model):
     torch.testing.assert_close(model.moving_sum, 7 * model.codebook)
 
 
-def test_usage_of_even_and_of_single_use(model):
-    assert model.usage() == pytest.approx((100, 24))
+def test_perplexity_of_even_and_of_single_use(model):
+    assert model.perplexity() == pytest.approx(24)
     model.moving_count.zero_()
     model.moving_count[3] = 5.0
-    assert model.usage() == pytest.approx((100 / 24, 1))
+    assert model.perplexity() == pytest.approx(1)
+    model.moving_count[4] = 5.0
+    assert model.perplexity() == pytest.approx(2)
 
 
 def test_encoder_outputs_are_unit_vectors_on_the_token_grid():
