@@ -3,7 +3,7 @@
 p(q_i | c_1 .. c_T, y), where q_i is the fine and c_i the coarse label of token i, for
 all i in one pass with full attention, trained by cross-entropy (arXiv 2503.16194,
 figure 1c). The paper's softmax is over all K codes. Here it is over the codes of the
-cluster c_i, which contains q_i; other codes have no logit.
+cluster c_i, which contains q_i; the logits of other codes are not used.
 
     python aux_model.py
 
@@ -15,7 +15,7 @@ a product over tokens. The bits per token (evaluate.py) show what that costs.
 
 The example image of tokenizer.py: the input is class 0 and its 64 coarse labels, 91,
 125, 91, 91, ... The output is logits (64, S), where S = 107 is the size of the largest
-cluster. Row 27 has cluster 18, with 107 codes. The model has seen all 64 coarse labels.
+cluster. Row 27 has cluster 18, by chance the largest. The model has seen all 64 coarse labels.
 It gives the right answer, code 3118, a probability of 0.066, which costs 2.71 nats; it
 prefers code 1484, with 0.243. A uniform guess within the cluster costs ln 107 = 4.67
 nats.
@@ -37,8 +37,8 @@ from ar_model import Block, draw, drop_classes, filter_logits, guide, rotary_tab
 
 # ---------------------------------------------------------------------------- The model
 
-# The logit where the table members has -1: its probability is exactly 0, as with -inf.
-# But guidance subtracts logits, and -inf - -inf is nan.
+# The logit of an entry that is no code (-1 in the table members). Its probability is
+# exactly 0, as with -inf. But guidance subtracts logits, and -inf - -inf is nan.
 MASKED = -1e30
 
 
@@ -58,8 +58,9 @@ class AuxModel(nn.Module):
     token, the logits of the codes of its cluster out.
 
     code_to_cluster int64 (K,) is the map g. Its inverse is the table members (M, S):
-    row m lists the codes of cluster m in ascending order, and -1 up to the size S of
-    the largest cluster. For g = [0, 1, 1, 0, 1] it is [[0, 3, -1], [1, 2, 4]].
+    row m lists the codes of cluster m in ascending order. It is padded with -1 to S
+    entries, the size of the largest cluster. For K = 5 and g = [0, 1, 1, 0, 1] it is
+    [[0, 3, -1], [1, 2, 4]].
     """
 
     def __init__(self, config, code_to_cluster):
@@ -239,10 +240,8 @@ def main(argv=None):
         optimizer.step()
         if tokenizer.finish_step(checkpoint, loss, began, bar, args):
             nats, right = mean_fine_loss(model, test_set.x[:1000], test_set.y[:1000])
-            measured = {"loss": nats, "bits": nats / math.log(2), "right": right}
-            tokenizer.save_checkpoint(
-                path, model, optimizer, checkpoint, args, measured
-            )
+            scores = {"loss": nats, "bits": nats / math.log(2), "right": right}
+            tokenizer.save_checkpoint(path, model, optimizer, checkpoint, args, scores)
 
     title = f"fine.pt: predicting the code within its cluster (K = {K}, M = {M})"
     ar_model.plot_curves(args.out / "fine.png", title, checkpoint["history"], guess)

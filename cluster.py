@@ -14,15 +14,15 @@ and clusters.png (figure 1b). It takes seconds.
 An example with K = 6 and M = 2: code_to_cluster = [0, 1, 1, 0, 1, 0]. The fine label 4
 has the coarse label 1. Stage 1 (ar_model.py) predicts the coarse label 1. Stage 2
 (aux_model.py) then chooses one of the fine labels 1, 2 and 4, given the coarse labels
-of the whole image. In the run that tokenizer.py follows, token 27 of the first test
-image has the fine label 3118 and the coarse label g(3118) = 18, a cluster of 107 codes.
+of the whole image. In the example image of tokenizer.py, token 27 has the fine label 3118 and the coarse label g(3118) = 18, a cluster of 107 codes.
 """
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 import tokenizer
-from tokenizer import Examples, Figure, reconstruct
+from tokenizer import Examples, fail, load_examples, reconstruct
 
 # ------------------------------------------------------------------------------ k-means
 
@@ -32,8 +32,8 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
     of x (n, d) to the centroids of their clusters.
 
     It starts from init (k, d), which is not modified, or by default from k-means++. A
-    step assigns each row to its nearest centroid, gives each empty cluster a row of a
-    cluster with several, and moves every centroid to the mean of its rows. It ends when
+    step assigns each row to its nearest centroid, moves a row of another cluster into
+    each empty cluster, and moves every centroid to the mean of its rows. It ends when
     no assignment changes, or after max_iter steps.
 
     Returns the cluster of each row, int64 (n,); the centroids, float64 (k, d); and a
@@ -53,8 +53,8 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
         distance = ((x - centroids[assignment]) ** 2).sum(axis=1)  # (n,)
         sizes = np.bincount(assignment, minlength=k)
         for empty in np.flatnonzero(sizes == 0):
-            # It takes the row farthest from its centroid, out of a cluster with several
-            # rows. The inertia does not rise.
+            # It takes the row farthest from its centroid, out of a cluster of two or
+            # more rows. The inertia does not rise.
             row = np.where(sizes[assignment] > 1, distance, -1).argmax()
             sizes[assignment[row]] -= 1
             sizes[empty] = 1
@@ -143,6 +143,13 @@ def swap_within_clusters(tokens, code_to_cluster, rng):
     return by_cluster[starts[coarse] + place]
 
 
+def swapped_images(model, fine, code_to_cluster, rng):
+    """Fine labels int64 (N, T) -> images uint8 (N, H, W, 3) on the CPU, decoded after
+    swap_within_clusters."""
+    swapped = swap_within_clusters(fine.cpu().numpy(), code_to_cluster, rng)
+    return reconstruct(model, torch.from_numpy(swapped).to(fine.device)).cpu()
+
+
 def random_clusters(code_to_cluster, rng):
     """The control: clusters of the same sizes with random codes. (K,) -> (K,)."""
     return rng.permutation(code_to_cluster)
@@ -161,14 +168,12 @@ def main(argv=None):
     device = tokenizer.pick_device(args.device)
     model, artifact = tokenizer.load_tokenizer(args.out, device)
     codebook_id, images_id = artifact["codebook_id"], artifact["images_id"]
-    _, tokens, _ = tokenizer.load_examples(
-        args.out, "tokens.pt", codebook_id=codebook_id
-    )
-    _, images, _ = tokenizer.load_examples(args.out, "images.pt", images_id=images_id)
+    _, tokens, _ = load_examples(args.out, "tokens.pt", codebook_id=codebook_id)
+    _, images, _ = load_examples(args.out, "images.pt", images_id=images_id)
     codebook = model.codebook.cpu().numpy()  # (K, d)
     K, M = len(codebook), args.clusters
     if M > K:
-        tokenizer.fail(f"--clusters {M} is more than the {K} codes of tokenizer.pt")
+        fail(f"--clusters {M} is more than the {K} codes of tokenizer.pt")
 
     seeds = range(args.seed, args.seed + args.restarts)
     runs = [kmeans(codebook, M, seed) for seed in seeds]
@@ -183,7 +188,10 @@ def main(argv=None):
 
     rng = np.random.default_rng(args.seed)
     # The picture shows k-means and random clusters, whatever --method saves.
-    rows = swapped_images(model, images.x[:10], tokens.x[:10], code_to_cluster, rng)
+    fine, control = tokens.x[:10].to(device), random_clusters(code_to_cluster, rng)
+    rows = {"original": images.x[:10], "reconstruction": reconstruct(model, fine).cpu()}
+    for name, g in (("k-means", code_to_cluster), ("random", control)):
+        rows[f"swapped within\n{name} clusters"] = swapped_images(model, fine, g, rng)
     if args.method == "random":
         code_to_cluster = random_clusters(code_to_cluster, rng)
         centroids = cluster_means(codebook, code_to_cluster, sizes)
@@ -207,26 +215,6 @@ def main(argv=None):
 # -------------------------------------------------------------------------- The picture
 
 
-def swapped_images(model, images, fine, code_to_cluster, rng):
-    """The rows of figure 1b: {name: images uint8 (n, H, W, 3)}.
-
-    images uint8 (n, H, W, 3) and their fine labels int64 (n, T); code_to_cluster (K,)
-    from k-means.
-    """
-    control = random_clusters(code_to_cluster, rng)
-    similar = swap_within_clusters(fine.numpy(), code_to_cluster, rng)
-    unlike = swap_within_clusters(fine.numpy(), control, rng)
-    tokens = {
-        "reconstruction": fine,
-        "swapped within\nk-means clusters": torch.from_numpy(similar),
-        "swapped within\nrandom clusters": torch.from_numpy(unlike),
-    }
-    rows = {"original": images}
-    for name, labels in tokens.items():
-        rows[name] = reconstruct(model, labels.to(model.codebook.device)).cpu()
-    return rows
-
-
 def plot_swaps(path, title, rows):
     """clusters.png: a row of images for each of rows, {name: images (n, H, W, 3)}."""
     figure = Figure(figsize=(12, 5))
@@ -237,7 +225,7 @@ def plot_swaps(path, title, rows):
         for ax, image in zip(axes, row.numpy()):
             ax.imshow(image)
             ax.set(xticks=[], yticks=[], frame_on=False)
-    tokenizer.save_figure(path, figure)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

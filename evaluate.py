@@ -23,6 +23,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from scipy.special import log_softmax, logsumexp
 from torch import nn
 from torchvision.transforms.functional import gaussian_blur
@@ -31,7 +32,7 @@ from tqdm import tqdm
 import tokenizer
 from ar_model import mean_loss
 from aux_model import mean_fine_loss, predict_fine
-from cluster import random_clusters, swap_within_clusters
+from cluster import random_clusters, swapped_images
 from sample import FILES, load_models, name_of, weights_of
 from tokenizer import fail, psnr, reconstruct, to_float
 
@@ -70,7 +71,7 @@ def inception_score(logits, splits=10):
     split of two images cannot score more than 2).
     """
     scores = []
-    most = len(logits) // (2 * logits.shape[1])  # two images a class in each
+    most = len(logits) // (2 * logits.shape[1])  # each has two images per class
     for part in np.array_split(logits, max(1, min(splits, most))):
         log_p = log_softmax(np.asarray(part, np.float64), axis=1)  # log p(y|x)
         log_marginal = logsumexp(log_p, axis=0) - np.log(len(part))  # log p(y)
@@ -79,7 +80,7 @@ def inception_score(logits, splits=10):
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def precision_recall(real, fake, k=3, device="cpu", real_squared=None):
+def precision_recall(real, fake, k=3, device="cpu"):
     """Improved precision and recall (Kynkäänniemi et al. 2019).
 
     real (N, F) and fake (N', F), float64, at least two rows each. The radius of a
@@ -87,12 +88,8 @@ def precision_recall(real, fake, k=3, device="cpu", real_squared=None):
     farthest, if there are fewer than k others). A point is covered by the set if it
     lies within the radius of some member. Precision is the share of fake covered by
     real, recall the share of real covered by fake. Returns two floats.
-
-    real_squared: squared_radius(real, k, device), if it is known already.
     """
-    if real_squared is None:
-        real_squared = squared_radius(real, k, device)
-    precision = covered(fake, real, real_squared, device)
+    precision = covered(fake, real, squared_radius(real, k, device), device)
     recall = covered(real, fake, squared_radius(fake, k, device), device)
     return precision, recall
 
@@ -110,8 +107,8 @@ def covered(points, members, squared, device):
     """The share, a float, of points (N, F) within the radius of at least one of the
     members (N', F). squared (N',): their squared radii.
 
-    A point on the edge is within, also if squared_distances rounds it outside by up to
-    1e-14 F times the largest squared coordinate.
+    A point on the edge counts as covered. So the radii get an allowance for the
+    rounding of squared_distances: 1e-14 F times the largest squared coordinate.
     """
     largest = max(np.abs(points).max(), np.abs(members).max())
     rounding = 1e-14 * points.shape[1] * largest**2
@@ -189,34 +186,25 @@ def look(judge, images, device):
     """Images uint8 (N, H, W, 3) -> float64 arrays of the judge: features (N, 128) and
     logits (N, classes)."""
     parts = [judge(to_float(part.to(device))) for part in images.split(250)]
-    features, logits = (torch.cat(part).cpu().double().numpy() for part in zip(*parts))
-    return features, logits
+    features, logits = map(torch.cat, zip(*parts))
+    return features.cpu().double().numpy(), logits.cpu().double().numpy()
 
 
 # ----------------------------------------------------------- One set of images measured
 
 
-class Real:
-    """The test images, as features (N', F). The Fréchet distance uses all of them;
-    precision and recall the first N, since both sets must be of the same size."""
-
-    def __init__(self, features, N, device):
-        self.mu, self.sigma = gaussian(features)
-        self.first = features[:N]
-        self.device = "cuda" if device.type == "cuda" else "cpu"  # MPS has no float64
-        self.squared = squared_radius(self.first, 3, self.device)
-
-
 def measure(images, y, judge, real, device):
-    """All scores of a set of images uint8 (N, H, W, 3) of classes y (N,), compared with
-    real, a Real: {name: float}."""
+    """All scores of a set of images uint8 (N, H, W, 3) of classes y (N,): {name: float}.
+
+    real: the features (N', F) of all test images. The Fréchet distance uses all of
+    them. Precision and recall use the first N, so that both sets have the same size.
+    """
     features, logits = look(judge, images, device)
     score, _ = inception_score(logits)
-    precision, recall = precision_recall(
-        real.first, features, k=3, device=real.device, real_squared=real.squared
-    )
+    where = "cuda" if device.type == "cuda" else "cpu"  # MPS has no float64
+    precision, recall = precision_recall(real[: len(images)], features, device=where)
     return {
-        "fd": frechet_distance(real.mu, real.sigma, *gaussian(features)),
+        "fd": frechet_distance(*gaussian(real), *gaussian(features)),
         "inception_score": score,
         "class_accuracy": class_accuracy(logits, y),
         "precision": precision,
@@ -233,8 +221,9 @@ def bits_per_token(models, fine, y):
     """The bits per token of real images under a model, one number per stage: [coarse,
     fine given coarse] for CTF, [fine] for the baseline. Their sums can be compared.
 
-    Chain rule: -log p(q) = -log p(c) - sum_i log p(q_i | c). models holds ar, and for
-    CTF aux; fine (N, T), y (N,). mean_loss and mean_fine_loss give nats; bits are nats
+    The fine labels q determine the coarse labels c, so -log p(q) = -log p(c) - sum_i
+    log p(q_i | c), all given the class. models holds ar, and for CTF aux; fine (N, T),
+    y (N,). mean_loss and mean_fine_loss give nats; bits are nats
     divided by ln 2. Guidance, temperature and top-k play no role here.
     """
     if "aux" in models:
@@ -258,12 +247,7 @@ def swaps(vqvae, fine, clusters, seed):
     maps = {"random": random_clusters(g, rng), "k-means": g}
     if clusters["method"] == "random":
         maps = {"random": g}
-    images = {}
-    for name, code_to_cluster in maps.items():
-        swapped = swap_within_clusters(fine.cpu().numpy(), code_to_cluster, rng)
-        swapped = torch.from_numpy(swapped).to(fine.device)
-        images[name] = reconstruct(vqvae, swapped).cpu()
-    return images
+    return {name: swapped_images(vqvae, fine, g, rng) for name, g in maps.items()}
 
 
 def stage2_alone(models, fine, y, seed, fine_settings):
@@ -342,15 +326,20 @@ def describe(samples, models, artifacts):
 def warn_of_shares(name, y, test_y):
     """Print a warning if the classes y (N,) of samples have other shares than those of
     the test images, test_y (N',)."""
-    C = int(max(y.max(), test_y.max())) + 1
-    share, test_share = (c.bincount(minlength=C) / len(c) for c in (y, test_y))
+    num_classes = int(max(y.max(), test_y.max())) + 1
+    share = y.bincount(minlength=num_classes) / len(y)
+    test_share = test_y.bincount(minlength=num_classes) / len(test_y)
     if (share - test_share).abs().sum() / 2 > 0.1:  # more than a tenth of the images
         print(f"warning: the classes of {name} have other shares than those of the")
         print("test images: that alone raises the distance")
 
 
-def judge_all(args, device):
-    """Everything that metrics.json holds: the protocol, and a row for each set."""
+def main(argv=None):
+    parser = tokenizer.command_line(__doc__)
+    what = "training steps of the judge"
+    parser.add_argument("--judge-steps", type=int, default=800, help=what)
+    args = parser.parse_args(argv)
+    device = tokenizer.pick_device(args.device)
     sets = sample_sets(args.out, device)
     _, models, artifacts = sets[0]
     vqvae, images_id = models["vqvae"], artifacts["vqvae"]["images_id"]
@@ -363,7 +352,7 @@ def judge_all(args, device):
     num_classes = len(data["class_names"])
     if num_classes < 2:
         fail("the data have a single class: the judge would have nothing to learn")
-    # The Fréchet distance depends on N: only sets of the same size can be compared.
+    # The Fréchet distance depends on N: so every row has the same N.
     sizes = {"training images": len(train_set.x), "test images": len(test_set.x)}
     sizes |= {FILES[samples["model"]]: len(samples["images"]) for samples, *_ in sets}
     smallest = min(sizes, key=sizes.get)
@@ -371,15 +360,13 @@ def judge_all(args, device):
     if N < 2:
         fail(f"there is only one of {smallest}: a covariance needs two or more images")
 
-    settings = {"images_id": data["images_id"], "steps": args.judge_steps}
-    settings |= {"seed": args.seed}
+    settings = {"images_id": images_id, "steps": args.judge_steps, "seed": args.seed}
     path = data["path"].with_name("classifier.pt")
     judge = get_judge(path, train_set, num_classes, settings, device)
-    features, logits = look(judge, test_set.x, device)
-    if N < features.shape[1]:
-        print(f"warning: {N} images ({smallest}) are fewer than {features.shape[1]}")
+    real, logits = look(judge, test_set.x, device)
+    if N < real.shape[1]:
+        print(f"warning: {N} images ({smallest}) are fewer than {real.shape[1]}")
         print("features: the covariance is singular, and the distance far too high")
-    real = Real(features, N, device)
 
     def row(name, images, y):
         """The name and the scores of the first N images of a set."""
@@ -391,7 +378,7 @@ def judge_all(args, device):
     # All further controls are made from the test images that they are compared with.
     rows += [row("reconstructions", reconstructions, test_set.y)]
     swapped = swaps(vqvae, fine[:N], clusters, args.seed)
-    for name in sorted(swapped):
+    for name in sorted(swapped):  # k-means first
         rows += [row(f"swapped within {name} clusters", swapped[name], test_set.y)]
     for samples, models, artifacts in sets:
         if "aux" in models:
@@ -413,22 +400,12 @@ def judge_all(args, device):
         "clusters": clusters["method"],
         **settings,
     }
-    return {"protocol": protocol, "rows": rows}
-
-
-def main(argv=None):
-    parser = tokenizer.command_line(__doc__)
-    what = "training steps of the judge"
-    parser.add_argument("--judge-steps", type=int, default=800, help=what)
-    args = parser.parse_args(argv)
-    metrics = judge_all(args, tokenizer.pick_device(args.device))
-    path = args.out / "metrics.json"
-    path.write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
-    print(f"\n{markdown_table(metrics['rows'])}\n\n{caption(metrics['protocol'])}.")
-    protocol = metrics["protocol"]
+    text = json.dumps({"protocol": protocol, "rows": rows}, indent=1)
+    (args.out / "metrics.json").write_text(text + "\n", "utf-8")
+    print(f"\n{markdown_table(rows)}\n\n{caption(protocol)}.")
     print(f"The judge is right on {protocol['judge_accuracy']:.2%} of the test images.")
     print(f"Reconstructions of all test images: {protocol['psnr']:.2f} dB.")
-    plot_metrics(args.out / "metrics.png", metrics)
+    plot_metrics(args.out / "metrics.png", rows, caption(protocol))
     print(f"wrote metrics.json and metrics.png to {args.out}")
 
 
@@ -470,11 +447,10 @@ def color_of(name):
     return found[0] if found else "tab:grey"
 
 
-def plot_metrics(path, metrics):
+def plot_metrics(path, rows, title):
     """metrics.png: the distance and the class accuracy of each set of images."""
-    rows = metrics["rows"]
-    figure = tokenizer.Figure(figsize=(12, 4.2), layout="constrained")
-    figure.suptitle(caption(metrics["protocol"]))
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure.suptitle(title)
     distance, accuracy = figure.subplots(1, 2)
     names = [row["name"] for row in rows]
     colors = [color_of(name) for name in names]
@@ -490,7 +466,7 @@ def plot_metrics(path, metrics):
     for ax in (distance, accuracy):
         ax.invert_yaxis()
         ax.margins(x=0.2)
-    tokenizer.save_figure(path, figure)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

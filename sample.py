@@ -16,7 +16,7 @@ Writes samples.pt (images uint8 (N, H, W, 3), classes (N,), coarse and fine labe
 also anatomy.png, with --export also the folder export/. On two CPU cores: 110 to 150
 images/s.
 
-One image from beginning to end: class 0. 64 steps of stage 1 sample 64 coarse labels,
+A new image from beginning to end: class 0. 64 steps of stage 1 sample 64 coarse labels,
 91, 34, 91, 112, ... (For guidance each step runs with and without the class.) Token 27
 gets 114, a cluster of 43 codes. One step of stage 2, here with --fine-top-k 0, samples
 a code of each token's cluster: 3039, 990, 3786, ... Token 27 gets 1645. The decoder
@@ -30,6 +30,7 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -37,8 +38,8 @@ from tqdm import tqdm
 import tokenizer
 from ar_model import generate, load_ar
 from aux_model import load_aux, predict_fine
-from cluster import random_clusters, swap_within_clusters
-from tokenizer import Figure, fail, reconstruct, to_uint8
+from cluster import random_clusters, swapped_images
+from tokenizer import fail, load_examples, to_uint8
 
 FILES = {"ctf": "samples.pt", "baseline": "samples-baseline.pt"}
 # The defaults, SETTINGS for stage 1 or the baseline, FINE_SETTINGS for stage 2: the
@@ -132,7 +133,7 @@ def name_of(samples):
     if samples["model"] == "ctf":
         how = "argmax" if fine["top_k"] == 1 else "sampled"
         name = f"CTF, {how} fine labels"
-        # "argmax" and "sampled" already say a top_k of 1 and 0.
+        # top_k is named only if above 1: "argmax" is 1, "sampled" is 0.
         usual = FINE_SETTINGS | {"top_k": min(fine["top_k"], 1)}
         changed |= {f"fine {key}": v for key, v in fine.items() if v != usual[key]}
     name += f", guidance {settings['cfg_scale']:g}"
@@ -142,28 +143,25 @@ def name_of(samples):
 
 def parse_args(argv):
     """The flags in argv."""
-    parser, stage1, stage2 = tokenizer.command_line(__doc__), SETTINGS, FINE_SETTINGS
+    parser, usual, fine = tokenizer.command_line(__doc__), SETTINGS, FINE_SETTINGS
     add = parser.add_argument
     add("--model", choices=["ctf", "baseline"], default="ctf", help="what to sample")
     add("--num-samples", type=int, default=2000, help="number of images")
     add("--batch-size", type=int, default=100, help="images per batch")
     add("--classes", nargs="+", help="names or numbers (default: as in the test set)")
-    what = "guidance of stage 1; 1 is off; several: a folder cfg* for each"
-    add("--cfg-scales", type=float, nargs="+", default=[stage1["cfg_scale"]], help=what)
-    what = "temperature of stage 1"
-    add("--temperature", type=float, default=stage1["temperature"], help=what)
-    what = "top-k of stage 1; 0 is off"
-    add("--top-k", type=int, default=stage1["top_k"], help=what)
-    what = "top-p of stage 1; 1 is off"
-    add("--top-p", type=float, default=stage1["top_p"], help=what)
-    what = "guidance of stage 2; 1 is off"
-    add("--fine-cfg-scale", type=float, default=stage2["cfg_scale"], help=what)
-    what = "temperature of stage 2"
-    add("--fine-temperature", type=float, default=stage2["temperature"], help=what)
-    what = "top-k of stage 2; 1 is the argmax, 0 is off"
-    add("--fine-top-k", type=int, default=stage2["top_k"], help=what)
     add("--export", action="store_true", help="also write .npz and PNG files")
     add("--anatomy", action="store_true", help="also write anatomy.png")
+    add = parser.add_argument_group("stage 1, or the baseline").add_argument
+    what = "guidance; 1 is off; several: a folder cfg* for each"
+    add("--cfg-scales", type=float, nargs="+", default=[usual["cfg_scale"]], help=what)
+    add("--temperature", type=float, default=usual["temperature"], help="above 0")
+    add("--top-k", type=int, default=usual["top_k"], help="0 is off")
+    add("--top-p", type=float, default=usual["top_p"], help="1 is off")
+    add = parser.add_argument_group("stage 2").add_argument
+    add("--fine-cfg-scale", type=float, default=fine["cfg_scale"], help="1 is off")
+    add("--fine-temperature", type=float, default=fine["temperature"], help="above 0")
+    what = "1 is the argmax, 0 is off"
+    add("--fine-top-k", type=int, default=fine["top_k"], help=what)
     args = parser.parse_args(argv)
     if args.temperature <= 0 or args.fine_temperature <= 0:
         parser.error("a temperature must be above 0")
@@ -182,11 +180,9 @@ def main(argv=None):
     models, artifacts = load_models(args.out, args.model, device)
     codebook_id = artifacts["vqvae"]["codebook_id"]
     images_id = artifacts["vqvae"]["images_id"]
-    _, tokens, facts = tokenizer.load_examples(
-        args.out, "tokens.pt", codebook_id=codebook_id
-    )
+    _, tokens, facts = load_examples(args.out, "tokens.pt", codebook_id=codebook_id)
     if args.export or args.anatomy:
-        _, real, _ = tokenizer.load_examples(args.out, "images.pt", images_id=images_id)
+        _, real, _ = load_examples(args.out, "images.pt", images_id=images_id)
     class_names = facts["class_names"]
     y = choose_classes(args.classes, args.num_samples, tokens.y, class_names)
     fine_settings = {name: getattr(args, f"fine_{name}") for name in FINE_SETTINGS}
@@ -238,7 +234,7 @@ def choose_classes(wanted, count, test_classes, class_names):
         return test_classes[torch.arange(count) % len(test_classes)]
     numbers = []
     for text in wanted:
-        if text in class_names:  # first: a folder called 7 may be class 3
+        if text in class_names:  # names first: class 3 may be a folder called 7
             numbers.append(class_names.index(text))
         elif text.isdecimal() and int(text) < len(class_names):
             numbers.append(int(text))
@@ -276,7 +272,7 @@ def plot_samples(path, title, images, y, class_names):
         axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for ax, image in zip(axes, row.numpy()):
             ax.imshow(image)
-    tokenizer.save_figure(path, figure)
+    figure.savefig(path)
 
 
 def entropy(logits):
@@ -330,8 +326,7 @@ def anatomy(models, image, fine, y, rng):
         pictures[name] = decode_prefix(vqvae, fine, n)[0]
     own = g.cpu().numpy()
     for name, clusters in (("k-means", own), ("random", random_clusters(own, rng))):
-        swapped = swap_within_clusters(fine.cpu().numpy(), clusters, rng)
-        swapped = reconstruct(vqvae, torch.from_numpy(swapped).to(g.device))
+        swapped = swapped_images(vqvae, fine, clusters, rng)
         pictures[f"swapped within\n{name} clusters"] = swapped[0]
     return {title: picture.cpu().numpy() for title, picture in pictures.items()}
 
@@ -358,7 +353,7 @@ def plot_anatomy(path, title, models, pairs, y, rng):
                 entropies = shown
         figure.colorbar(entropies, cax=bar, label="entropy, bits")
         axes[0].set_title(name)
-    tokenizer.save_figure(path, figure)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

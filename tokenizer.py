@@ -19,14 +19,13 @@ scripts share.
 One image followed through all files: the first of the test set, a 0, is (3, 32, 32).
 The encoder halves its height and width twice, to (48, 16, 16) and (96, 8, 8), and ends
 with (d = 8, h = 8, w = 8): one unit vector for each cell of the 8x8 grid. The vector of
-row 3, column 3 is (0.34, 0.51, 0.13, ...). The nearest of the 4096 codes, at a distance
+row 3, column 3 (counted from 0) is (0.34, 0.51, 0.13, ...). The nearest of the 4096 codes, at a distance
 of 0.15, is (0.25, 0.50, 0.08, ...), with index 3118. So token 27 has the fine label
 3118. The whole image is 64 fine labels, 2126, 1181, 2688, ... The decoder turns their
 codes into an image again, with 28.1 dB. (All numbers of this example are from one run.
 Another CPU rounds differently and ends with other codes.)
 
-Axis legend of all files: B batch, N images, T tokens, C channels, H W pixels, h w token
-grid, K codes, M clusters, S codes in the largest cluster, d code dimension, V
+Axis legend of all files: B batch, N images, T tokens, H W pixels, h w token grid, K codes, M clusters, S codes in the largest cluster, d code dimension, V
 vocabulary of the model at hand, F features; N' is the size of a second set. y is the
 class of an image: what the image shows. A label is always the label of a token.
 """
@@ -42,7 +41,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-if "IPython" not in sys.modules:  # a notebook's !python passes on its own backend
+if "IPython" not in sys.modules:  # a notebook's !python passes on a backend of its own
     os.environ.pop("MPLBACKEND", None)
 import matplotlib
 import numpy as np
@@ -82,21 +81,17 @@ class ResBlock(nn.Module):
         return x + self.layers(x)
 
 
-class Down(nn.Sequential):
+def down(outer, inner):
     """Halve the size: (B, outer, H, W) -> (B, inner, H / 2, W / 2)."""
-
-    def __init__(self, outer, inner):
-        halve = nn.Conv2d(outer, inner, 4, stride=2, padding=1)
-        super().__init__(halve, ResBlock(inner))
+    halve = nn.Conv2d(outer, inner, 4, stride=2, padding=1)
+    return nn.Sequential(halve, ResBlock(inner))
 
 
-class Up(nn.Sequential):
+def up(inner, outer):
     """Double the size: (B, inner, H / 2, W / 2) -> (B, outer, H, W)."""
-
-    def __init__(self, inner, outer):
-        # PixelShuffle turns 4 channels of a cell into 2x2 pixels.
-        expand = nn.Conv2d(inner, 4 * outer, 3, padding=1)
-        super().__init__(ResBlock(inner), expand, nn.PixelShuffle(2))
+    # PixelShuffle turns 4 channels of a cell into 2x2 pixels.
+    expand = nn.Conv2d(inner, 4 * outer, 3, padding=1)
+    return nn.Sequential(ResBlock(inner), expand, nn.PixelShuffle(2))
 
 
 class VQVAE(nn.Module):
@@ -111,8 +106,8 @@ class VQVAE(nn.Module):
         downs, ups = [], []
         outer = 3
         for inner in widths:  # encoder 3 -> 48 -> 96, decoder 96 -> 48 -> 3
-            downs.append(Down(outer, inner))
-            ups.append(Up(inner, outer))
+            downs.append(down(outer, inner))
+            ups.append(up(inner, outer))
             outer = inner
         d = config.code_dim
         to_codes = nn.Conv2d(inner, d, 1)
@@ -140,7 +135,7 @@ class VQVAE(nn.Module):
         """Replace every vector by its nearest code, with the straight-through
         estimator.
 
-        z: unit vectors (B, d, h, w). Returns (VQ-VAE, equations 1 to 3)
+        z: unit vectors (B, d, h, w). Returns, as in equations 1 to 3 of VQ-VAE,
         - z_q (B, d, h, w): the codes. Their gradient is passed to z unchanged.
         - fine int64 (B, T): the fine labels, row by row.
         - commitment: the mean of (z - code)^2 over all elements, with a gradient to z.
@@ -193,10 +188,10 @@ class VQVAE(nn.Module):
         A.1), and re-initialise dead codes.
 
         z (B, d, h, w) and fine (B, T) come from one batch; rng is a numpy Generator. A
-        code becomes the direction of the EMA of the sum of its vectors. A code is dead
-        if the EMA of its count is below dead_below times the mean count. It is
-        re-initialised to a random vector of z. Without that, most of a large codebook
-        would never be used.
+        code becomes the direction of the EMA of the sum of its vectors, so there is no
+        division by the count. A code is dead if the EMA of its count is below dead_below
+        times the mean count. It is re-initialised to a random vector of z. Without that,
+        most of a large codebook would never be used.
         """
         vectors, fine = as_rows(z), fine.flatten()  # (B*T, d), (B*T,)
         counts = fine.bincount(minlength=len(self.codebook))  # (K,)
@@ -234,12 +229,17 @@ class VQVAE(nn.Module):
         all_codes = torch.arange(K, device=vectors.device)
         self.set_codes(all_codes, vectors[chosen.to(vectors.device)])
 
-    def perplexity(self):
-        """The effective number of codes, from the EMA counts: exp(entropy of their
-        shares). K if all codes are used equally often, 1 if only one is used."""
-        share = self.moving_count / self.moving_count.sum()
+    def usage(self):
+        """(percent of the codes in use, perplexity), from the EMA counts.
+
+        In use: at least a tenth of the average count. Perplexity: exp(entropy of the
+        shares), K if all codes are used equally often, 1 if only one is used. A code
+        that was just re-initialised has an average count, so it counts as used.
+        """
+        share = (self.moving_count / self.moving_count.sum()).cpu()
+        used = (share > 0.1 / len(share)).float().mean()
         entropy = torch.special.entr(share).sum()  # the sum of -p ln p
-        return entropy.exp().item()
+        return 100 * used.item(), entropy.exp().item()
 
 
 def as_rows(z):
@@ -316,8 +316,9 @@ def main(argv=None):
         fail(f"--out {args.out} lies in --data {args.data}: choose another folder")
 
     train_set, test_set, class_names = read_images(args.data, args.image_size)
+    # So that the first n images are a fair sample of all classes.
     train_set, test_set = interleave(train_set), interleave(test_set)
-    images_id = short_hash(*train_set, *test_set)
+    images_id = short_hash(*train_set, *test_set)  # by which load refuses other images
     counts = f"{len(train_set.x)} + {len(test_set.x)} images"
     names = ", ".join(class_names[:10])
     print(f"{args.data}: {counts}, {len(class_names)} classes ({names}), on {device}")
@@ -361,9 +362,9 @@ def main(argv=None):
         if quantized:
             model.update_codebook(z.detach(), fine, rng)
         if finish_step(checkpoint, loss, began, bar, args):
-            measured = measure(model, test_set.x[:1000], quantized)
+            scores = measure(model, test_set.x[:1000], quantized)
             checkpoint["codebook_id"] = short_hash(model.codebook)
-            save_checkpoint(path, model, optimizer, checkpoint, args, measured)
+            save_checkpoint(path, model, optimizer, checkpoint, args, scores)
 
     # Without autocast: here the encoder, too, runs in float32.
     fine, test_fine = tokenize(model, train_set.x), tokenize(model, test_set.x)
@@ -380,21 +381,21 @@ def main(argv=None):
     quality = psnr(test_set.x, reconstructions)
     share = len(test_fine.unique()) / args.codebook_size
     print(f"test images: {quality:.2f} dB, {share:.1%} of the codes occur in them")
-    images, history = test_set.x, checkpoint["history"]
-    picture = args.out / "tokenizer.png"
-    plot(picture, history, images, reconstructions, args.codebook_size)
+    picture, history = path.with_suffix(".png"), checkpoint["history"]
+    plot(picture, history, test_set.x, reconstructions, args.codebook_size)
     print(f"wrote images.pt, tokenizer.pt, tokens.pt and tokenizer.png to {args.out}")
     print(f"{checkpoint['seconds']:.0f} s of training")
 
 
 def measure(model, images, quantized):
-    """Quality of the reconstructions of images uint8 (N, H, W, 3), and perplexity of
-    the codebook; nan while there is no codebook yet."""
+    """Quality of the reconstructions of images uint8 (N, H, W, 3), and codebook usage;
+    nan while there is no codebook yet."""
     if not quantized:
-        return {"psnr": math.nan, "perplexity": math.nan}
+        return {"psnr": math.nan, "usage": math.nan, "perplexity": math.nan}
     with autocast(images.device):
         quality = psnr(images, reconstruct(model, tokenize(model, images)))
-    return {"psnr": quality, "perplexity": model.perplexity()}
+    used, perplexity = model.usage()
+    return {"psnr": quality, "usage": used, "perplexity": perplexity}
 
 
 # ------------------------------------------------------------------------------- Images
@@ -422,7 +423,7 @@ def interleave(examples):
     first n have the classes in the proportions of the whole set, up to a few images."""
     due = torch.empty(len(examples.y), dtype=torch.float64)
     for number, count in enumerate(examples.y.bincount()):
-        # Example j of a class belongs after this fraction of the new order, 0..1.
+        # The place of example j of a class in the new order, as a fraction 0..1.
         due[examples.y == number] = (torch.arange(count) + 0.5).double() / count
     order = due.argsort(stable=True)
     return Examples(examples.x[order], examples.y[order])
@@ -447,11 +448,10 @@ def read_images(data, image_size):
     names = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
     if image_size != 32:
         fail(f"--image-size {image_size}: the images of {data} have 32 pixels")
+    known = getattr(torchvision.datasets, names[data])
     sets = []
     for train in (True, False):
-        dataset = getattr(torchvision.datasets, names[data])(
-            "data", train, download=True
-        )
+        dataset = known("data", train, download=True)
         images, y = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
         if images.ndim == 3:  # grey (N, 28, 28): padded to 32, three equal channels
             images = F.pad(images, (2, 2, 2, 2))[..., None].expand(-1, -1, -1, 3)
@@ -479,16 +479,15 @@ def read_folder(root, image_size):
 
 def find_images(root):
     """([(file, class number), ...] for training, the same for testing), class names."""
-    splits = {
-        folder.name.lower(): folder for folder in visible(root) if folder.is_dir()
-    }
+    splits = {path.name.lower(): path for path in visible(root)}
     test = splits.get("test", splits.get("val"))
     if "train" in splits and test:
         train, test = class_files(splits["train"]), class_files(test)
     else:  # every tenth file of a class is held out
-        own = class_files(root)
-        train = {name: [f for i, f in enumerate(own[name]) if i % 10] for name in own}
-        test = {name: own[name][::10] for name in own}
+        train, test = {}, {}
+        for name, paths in class_files(root).items():
+            train[name] = [path for i, path in enumerate(paths) if i % 10]
+            test[name] = paths[::10]
     names = sorted(train | test)
     if not names:
         fail(f"--data {root}: no folders of classes; expected {LAYOUT}")
@@ -579,16 +578,17 @@ def paint_glyphs(count, image_size, seed):
     size = 2 * image_size
     masters = glyph_masters(size)
     images = torch.empty(count, image_size, image_size, 3, dtype=torch.uint8)
-    for i in torch.arange(count).split(1000):
-        grid = F.affine_grid(affine[i], (len(i), 1, size, size), align_corners=False)
-        glyphs = masters[fonts[i], y[i]][:, None]  # (n, 1, 2H, 2W)
+    for part in torch.arange(count).split(1000):
+        shape = (len(part), 1, size, size)
+        grid = F.affine_grid(affine[part], shape, align_corners=False)
+        glyphs = masters[fonts[part], y[part]][:, None]  # (n, 1, 2H, 2W)
         mask = F.avg_pool2d(F.grid_sample(glyphs, grid, align_corners=False), 2)
-        ink, start, end = colors[i].unbind(1)  # (n, rgb, 1, 1)
-        down = angle[i].sin() * across[:, None]  # (n, 1, H, 1)
-        ramp = angle[i].cos() * across + down  # (n, 1, H, W)
+        ink, start, end = colors[part].unbind(1)  # (n, rgb, 1, 1)
+        down = angle[part].sin() * across[:, None]  # (n, 1, H, 1)
+        ramp = angle[part].cos() * across + down  # (n, 1, H, W)
         background = torch.lerp(start, end, (ramp + 0.5).clamp(0, 1))  # (n, rgb, H, W)
         painted = torch.lerp(background, ink, mask).permute(0, 2, 3, 1)
-        images[i] = (painted * 255).round().byte()
+        images[part] = (painted * 255).round().byte()
     return images, y
 
 
@@ -640,7 +640,7 @@ def plot(path, history, images, reconstructions, K):
     codes.legend()
     for ax in (loss, quality, codes):
         ax.set_xlabel("step")
-    save_figure(path, figure)
+    figure.savefig(path)
 
 
 # ------------------------ Shared by all scripts: training, artifacts, flags, the device
@@ -687,7 +687,8 @@ def copy_due(step, args):
     """Which of the --keep evenly spaced copies is due after this step; 0 if none is.
     With --keep 3 in 600 steps: 1, 2, 3 after steps 200, 400, 600."""
     number = step * args.keep // args.steps
-    return number if number > (step - 1) * args.keep // args.steps else 0
+    before = (step - 1) * args.keep // args.steps
+    return number if number > before else 0
 
 
 def start_or_resume(path, model, optimizer, args, ids):
@@ -696,6 +697,7 @@ def start_or_resume(path, model, optimizer, args, ids):
     model and optimizer, and fails if that run had other flags or ids."""
     if args.steps < 1:
         fail("--steps must be at least 1")
+    # (The data are known by their images_id.)
     irrelevant = "out", "data", "device", "save_every", "keep", "resume", "compile"
     settings = {k: v for k, v in vars(args).items() if k not in irrelevant} | ids
     checkpoint = {"config": asdict(model.config), "settings": settings, **ids}
@@ -714,11 +716,11 @@ def start_or_resume(path, model, optimizer, args, ids):
     return checkpoint
 
 
-def save_checkpoint(path, model, optimizer, checkpoint, args, measured):
-    """Add measured, {name: number} of test images, to the history, and save what later
+def save_checkpoint(path, model, optimizer, checkpoint, args, scores):
+    """Add scores, {name: number} of test images, to the history, and save what later
     scripts and --resume need; also a copy of --keep, if one is due."""
     step, rows = checkpoint["step"], checkpoint["history"]["test"]
-    rows.append({"step": step, "seconds": checkpoint["seconds"], **measured})
+    rows.append({"step": step, "seconds": checkpoint["seconds"], **scores})
     if len(rows) == 1:  # the first save of a new run
         set_aside(path)
     states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -727,7 +729,7 @@ def save_checkpoint(path, model, optimizer, checkpoint, args, measured):
     if number := copy_due(step, args):
         folder = path.parent / f"kept-{number:02d}"
         save(folder / path.name, **states, weights_id=weights_id, **checkpoint)
-    text = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+    text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
     tqdm.write(f"step {step}, on test images: {text}")
 
 
@@ -757,6 +759,8 @@ WRITTEN_BY = {
     "coarse.pt": "ar_model.py",
     "baseline.pt": "ar_model.py --labels fine",
     "fine.pt": "aux_model.py",
+    "samples.pt": "sample.py",
+    "samples-baseline.pt": "sample.py --model baseline",
 }
 
 
@@ -777,7 +781,7 @@ def load(out, name, **ids):
     the file itself as "path". Fails if the file is missing or unreadable, or if its ids
     (images_id, codebook_id, cluster_id) differ from these."""
     path = find(out, name)
-    script = WRITTEN_BY.get(name, "sample.py")
+    script = WRITTEN_BY[name]
     if not path.exists():
         fail(f"{path} is missing: run python {script} first")
     try:
@@ -823,11 +827,8 @@ def save(path, **artifact):
 # Pictures do not depend on the user's matplotlibrc, and $ in a class name is literal.
 matplotlib.rcdefaults()
 matplotlib.rcParams["text.parse_math"] = False
-
-
-def save_figure(path, figure):
-    """Write a matplotlib figure as PNG."""
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+matplotlib.rcParams["savefig.bbox"] = "tight"
+matplotlib.rcParams["savefig.dpi"] = 110
 
 
 def short_hash(*tensors):
@@ -899,7 +900,7 @@ def run(main):
     try:
         main()
     except KeyboardInterrupt:
-        fail("stopped (--resume continues training from the last save)")
+        fail("stopped (a training continues from its last save with --resume)")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate
@@ -52,20 +53,19 @@ def loss(paths):
 
 
 @functools.cache
-def judge_of(path, N):
-    """The judge that evaluate.py has trained beside path, an images.pt; and the Real of
-    its test images, the first N for precision and recall."""
+def judge_of(path):
+    """The judge that evaluate.py has trained beside path, an images.pt; and the features
+    of its test images."""
     data = torch.load(path, weights_only=True)
     judge = evaluate.Classifier(len(data["class_names"]))
     judge.load_state_dict(torch.load(path.with_name("classifier.pt"))["model"])
     judge = tokenizer.to_device(judge.eval(), CPU)
-    features, _ = evaluate.look(judge, data["test"][0], CPU)
-    return judge, evaluate.Real(features, N, CPU)
+    return judge, evaluate.look(judge, data["test"][0], CPU)[0]
 
 
 def scores(folder, images, y):
     """The scores of images of classes y, compared with the images.pt of folder."""
-    judge, real = judge_of(tokenizer.find(folder, "images.pt"), len(images))
+    judge, real = judge_of(tokenizer.find(folder, "images.pt"))
     return evaluate.measure(images, y, judge, real, CPU)
 
 
@@ -199,7 +199,7 @@ def convergence(folders):
     kept = sorted(out.glob("kept-*/metrics.json"))
     models = [row for run in read([p.parent for p in kept]) for row in run["rows"]]
     models = [row for row in models if "model" in row]
-    figure = tokenizer.Figure(figsize=(12, 7.5), layout="constrained")
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
     figure.suptitle(
         "Samples during training: the same runs over steps and over seconds"
     )
@@ -221,7 +221,7 @@ def convergence(folders):
                 ax.set_yscale("log")
                 ax.yaxis.set_major_formatter("{x:g}")
                 ax.yaxis.set_minor_formatter("")
-    tokenizer.save_figure(out / "convergence.png", figure)
+    figure.savefig(out / "convergence.png")
     return rows([p.parent for p in kept]) + f"\n\nwrote {out / 'convergence.png'}"
 
 

@@ -275,10 +275,10 @@ def test_results_are_saved_before_pictures_are_drawn(
     for name in WRITES[script]:
         (trained / name).unlink(missing_ok=True)
 
-    def save_figure(path, figure):
+    def savefig(figure, path):
         raise OSError("no space left")
 
-    monkeypatch.setattr(tokenizer, "save_figure", save_figure)
+    monkeypatch.setattr(Figure, "savefig", savefig)
     with pytest.raises(OSError, match="no space left"):
         run(script, trained, images)
     for name in WRITES[script]:
@@ -297,7 +297,7 @@ def test_ctrl_c_ends_every_script_in_one_line(script, monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", interrupt)
     with pytest.raises((SystemExit, KeyboardInterrupt)) as exit_info:
         runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
-    assert str(exit_info.value).startswith("error: stopped (--resume continues")
+    assert str(exit_info.value).startswith("error: stopped (a training continues")
 
 
 # ---------------------------------------------------------------------------- pictures

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import NAMES, G, K, M, T, edit, error_of, places, spy
+from matplotlib.figure import Figure
 from PIL import Image
 
+import cluster
 import sample
 from sample import FINE_SETTINGS, SETTINGS, choose_classes
 from tokenizer import load_examples, load_tokenizer, reconstruct, to_uint8
@@ -38,7 +40,7 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(sample, "generate", generate)
     monkeypatch.setattr(sample, "predict_fine", predict_fine)
     swap = lambda tokens, code_to_cluster, rng: code_to_cluster[tokens]
-    monkeypatch.setattr(sample, "swap_within_clusters", swap)
+    monkeypatch.setattr(cluster, "swap_within_clusters", swap)
 
 
 def run(out, *flags, name="samples.pt"):
@@ -258,11 +260,11 @@ def test_export_writes_samples_and_real_images(trained):
 
 
 def test_rows_of_the_picture_are_of_the_class_beside_them(trained, monkeypatch):
-    saved = spy(monkeypatch, sample.tokenizer, "save_figure")
+    saved = spy(monkeypatch, Figure, "savefig")
     samples = run(trained, "--classes", "2", "0")
     (call,) = saved
     rows = {}
-    for ax in call["figure"].axes:
+    for ax in call["self"].axes:
         if ax.get_ylabel():
             rows[ax.get_ylabel()] = torch.from_numpy(ax.images[0].get_array().data)
     assert list(rows) == ["class ant", "class cat"]
@@ -350,7 +352,7 @@ def test_the_anatomy_is_of_a_real_image_and_of_a_sample_of_one_class(
     trained, known_logits, monkeypatch
 ):
     calls = spy(monkeypatch, sample, "anatomy")
-    saved = spy(monkeypatch, sample.tokenizer, "save_figure")
+    saved = spy(monkeypatch, Figure, "savefig")
     test_set = load_examples(trained, "images.pt")[1]
     y = (test_set.y[0] + 1) % 3  # not the class of the first test image
     flags = ["--anatomy", "--cfg-scales", "1", "2", "--classes", str(y.item())]
@@ -363,7 +365,7 @@ def test_the_anatomy_is_of_a_real_image_and_of_a_sample_of_one_class(
     assert torch.equal(real["fine"], tokens), "tokens of another image"
     assert torch.equal(sampled["image"], samples["images"][0])
     assert torch.equal(sampled["fine"], samples["fine"][:1])
-    figures = {str(call["path"].relative_to(trained)): call["figure"] for call in saved}
+    figures = {str(call["path"].relative_to(trained)): call["self"] for call in saved}
     names = [f"cfg{i}/{name}.png" for i in (1, 2) for name in ("samples", "anatomy")]
     assert list(figures) == names, "a picture in the folder of each scale"
     panels = [ax for ax in figures["cfg1/anatomy.png"].axes if ax.images]

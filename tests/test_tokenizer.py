@@ -345,13 +345,11 @@ def test_fill_codebook_sets_every_code_to_an_encoder_output(model):
     torch.testing.assert_close(model.moving_sum, 7 * model.codebook)
 
 
-def test_perplexity_of_even_and_of_single_use(model):
-    assert model.perplexity() == pytest.approx(24)
+def test_usage_of_even_and_of_single_use(model):
+    assert model.usage() == pytest.approx((100, 24))
     model.moving_count.zero_()
     model.moving_count[3] = 5.0
-    assert model.perplexity() == pytest.approx(1)
-    model.moving_count[4] = 5.0
-    assert model.perplexity() == pytest.approx(2)
+    assert model.usage() == pytest.approx((100 / 24, 1))
 
 
 def test_encoder_outputs_are_unit_vectors_on_the_token_grid():
@@ -405,11 +403,11 @@ def test_an_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
         path.write_bytes(b"half a fi")
         raise KeyboardInterrupt
 
-    tokenizer.save(tmp_path / "new" / "a.pt", value=1)
+    tokenizer.save(tmp_path / "new" / "fine.pt", value=1)
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(KeyboardInterrupt):
-        tokenizer.save(tmp_path / "new" / "a.pt", value=2)
-    assert tokenizer.load(tmp_path / "new", "a.pt")["value"] == 1
+        tokenizer.save(tmp_path / "new" / "fine.pt", value=2)
+    assert tokenizer.load(tmp_path / "new", "fine.pt")["value"] == 1
 
 
 def test_load_says_what_is_wrong(tmp_path, capsys):
@@ -434,10 +432,11 @@ def test_load_says_what_is_wrong(tmp_path, capsys):
 def test_a_folder_inherits_from_the_nearest_above_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for folder in (Path("out"), Path("out/M512")):
-        tokenizer.save(folder / "a.pt", folder=str(folder))
-        assert tokenizer.load(folder, "a.pt")["folder"] == str(folder)
-        assert tokenizer.load(Path("out/M512/seed1"), "a.pt")["folder"] == str(folder)
-        assert capsys.readouterr().out == f"using {folder / 'a.pt'}\n"
+        tokenizer.save(folder / "fine.pt", folder=str(folder))
+        assert tokenizer.load(folder, "fine.pt")["folder"] == str(folder)
+        found = tokenizer.load(Path("out/M512/seed1"), "fine.pt")
+        assert found["folder"] == str(folder)
+        assert capsys.readouterr().out == f"using {folder / 'fine.pt'}\n"
 
 
 def test_learning_rate_warms_up_and_decays_to_a_tenth():
