@@ -186,10 +186,9 @@ table3def() {
 }
 
 # Learning rates for the sweep over the size K of the codebook, at M = 128 and 1,000
-# steps of each model. (The samples of the sweep have no function yet.) The rate of the
-# baseline is the best of three for each K. (At K = 16384 a run takes twenty minutes
-# of one core: chosen in runs of 333 steps.) Stage 1 has 128 labels at every K: its rate
-# is chosen at K = 4096, with the tokenizer of $OUT.
+# steps of each model. The rate of the baseline is the best of three for each K. (At K =
+# 16384 a run takes twenty minutes of one core: chosen in runs of 333 steps.) Stage 1 has
+# 128 labels at every K: its rate is chosen at K = 4096, with the tokenizer of $OUT.
 sweep_rates() {
     for K in 256 1024 16384; do
         once python tokenizer.py --out $OUT/K$K --codebook-size $K
@@ -205,6 +204,33 @@ sweep_rates() {
         once python ar_model.py --out $OUT/K16384/lr$lr --lr $lr --labels fine --steps 333
     done
     python tests/results.py loss $OUT/K*/lr*/{coarse,baseline}.pt
+}
+
+# The sweep: both models for each K at the learning rates that sweep_rates found. First
+# the guidance (with sampling seed 1), then the scores at the best guidance.
+sweep() {
+    for K in 256 1024 4096 16384; do
+        once python ar_model.py --out $OUT/K$K --lr RATE1 --steps 1000
+        once python aux_model.py --out $OUT/K$K
+    done
+    once cp $OUT/K256/lrRATE/baseline.pt $OUT/K256
+    once cp $OUT/K1024/lrRATE/baseline.pt $OUT/K1024
+    once cp $OUT/K4096/lrRATE/baseline.pt $OUT/K4096
+    once python ar_model.py --out $OUT/K16384 --lr RATE --labels fine --steps 1000
+    for K in 256 1024 4096 16384; do
+        mkdir -p $OUT/K$K/search
+        search="--out $OUT/K$K/search --seed 1 --cfg-scales 1 1.5 2 3 4"
+        once python sample.py $search --fine-top-k 0
+        once python sample.py $search --model baseline
+        python tests/results.py best $OUT/K$K/search
+    done
+    for K in 256 1024 4096 16384; do
+        once python sample.py --out $OUT/K$K --fine-top-k 0
+        once python sample.py --out $OUT/K$K --model baseline
+        once python evaluate.py --out $OUT/K$K
+    done
+    python tests/results.py rows $OUT/K{256,1024,4096,16384}
+    python tests/results.py coarse $OUT/K{256,1024,4096,16384}
 }
 
 # Table 2: speed with random weights, at the default size.
