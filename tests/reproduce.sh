@@ -187,8 +187,8 @@ table3def() {
 
 # Learning rates for the sweep over the size K of the codebook, at M = 128 and 1,000
 # steps of each model. Stage 1 has 128 labels at every K: its rate is chosen at K = 4096,
-# with the tokenizer of $OUT. At K = 16384 a baseline takes over twenty minutes of one
-# core: its rate is chosen in 333 steps.
+# with the tokenizer of $OUT. At K = 16384 a baseline takes 15 minutes of one core: its
+# rate is chosen in 333 steps.
 sweep_rates() {
     for K in 256 1024 16384; do
         once python tokenizer.py --out $OUT/K$K --codebook-size $K
@@ -229,9 +229,15 @@ sweep() {
         once python sample.py $search --model baseline
         python tests/results.py best $OUT/K$K/search
     done
+    for K in 256 1024 4096; do
+        once python sample.py --out $OUT/K$K --fine-top-k 0 --cfg-scales 3
+    done
+    once python sample.py --out $OUT/K16384 --fine-top-k 0 --cfg-scales 2
+    once python sample.py --out $OUT/K256 --model baseline --cfg-scales 2
+    once python sample.py --out $OUT/K1024 --model baseline --cfg-scales 3
+    once python sample.py --out $OUT/K4096 --model baseline --cfg-scales 2
+    once python sample.py --out $OUT/K16384 --model baseline --cfg-scales 3
     for K in 256 1024 4096 16384; do
-        once python sample.py --out $OUT/K$K --fine-top-k 0
-        once python sample.py --out $OUT/K$K --model baseline
         once python evaluate.py --out $OUT/K$K
     done
     python tests/results.py rows $OUT/K{256,1024,4096,16384}
