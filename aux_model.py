@@ -15,10 +15,10 @@ a product over tokens. The bits per token (evaluate.py) show what that costs.
 
 The example image of tokenizer.py: the input is class 0 and its 64 coarse labels, 91,
 125, 91, 91, ... The output is logits (64, S), where S = 107 is the size of the largest
-cluster. Row 27 has cluster 18, by chance the largest. The model has seen all 64 coarse labels.
-It gives the right answer, code 3118, a probability of 0.066, which costs 2.71 nats; it
-prefers code 1484, with 0.243. A uniform guess within the cluster costs ln 107 = 4.67
-nats.
+cluster. Row 27 has cluster 18, by chance the largest. The model has seen all 64 coarse
+labels. It gives the right answer, code 3118, a probability of 0.066, which costs 2.71
+nats; it prefers code 1484, with 0.243. A uniform guess within the cluster costs ln 107
+= 4.67 nats.
 """
 
 import math

@@ -14,7 +14,8 @@ and clusters.png (figure 1b). It takes seconds.
 An example with K = 6 and M = 2: code_to_cluster = [0, 1, 1, 0, 1, 0]. The fine label 4
 has the coarse label 1. Stage 1 (ar_model.py) predicts the coarse label 1. Stage 2
 (aux_model.py) then chooses one of the fine labels 1, 2 and 4, given the coarse labels
-of the whole image. In the example image of tokenizer.py, token 27 has the fine label 3118 and the coarse label g(3118) = 18, a cluster of 107 codes.
+of the whole image. In the example image of tokenizer.py, token 27 has the fine label
+3118 and the coarse label g(3118) = 18, a cluster of 107 codes.
 """
 
 import numpy as np
