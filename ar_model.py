@@ -95,9 +95,9 @@ class Cache:
         """Append k and v (B, heads, n, head_dim); return the keys and values of all
         tokens so far, each (B, heads, tokens so far, head_dim).
 
-        n may be more than one (generate always appends one). The results have the dtype
-        of k and v, which is bfloat16 under autocast. No more than capacity tokens may be
-        appended in total.
+        n may be more than one (generate appends one at a time). The results have the
+        dtype of k and v, which is bfloat16 under autocast. No more than capacity tokens
+        may be appended in total.
         """
         if self.kv is None:  # allocated once: torch.cat would copy it for every token
             B, heads, _, head_dim = k.shape

@@ -194,7 +194,7 @@ def look(judge, images, device):
 
 
 def measure(images, y, judge, real, device):
-    """All scores of a set of images uint8 (N, H, W, 3) of classes y (N,): {name: float}.
+    """All scores of images uint8 (N, H, W, 3) of classes y (N,): {name: float}.
 
     real: the features (N', F) of all test images. The Fréchet distance uses all of
     them. Precision and recall use the first N, so that both sets have the same size.
@@ -223,8 +223,8 @@ def bits_per_token(models, fine, y):
 
     The fine labels q determine the coarse labels c, so -log p(q) = -log p(c) - sum_i
     log p(q_i | c), all given the class. models holds ar, and for CTF aux; fine (N, T),
-    y (N,). mean_loss and mean_fine_loss give nats; bits are nats
-    divided by ln 2. Guidance, temperature and top-k play no role here.
+    y (N,). mean_loss and mean_fine_loss give nats; bits are nats divided by ln 2.
+    Guidance, temperature and top-k play no role here.
     """
     if "aux" in models:
         coarse = models["aux"].code_to_cluster[fine]

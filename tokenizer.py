@@ -19,15 +19,16 @@ scripts share.
 One image followed through all files: the first of the test set, a 0, is (3, 32, 32).
 The encoder halves its height and width twice, to (48, 16, 16) and (96, 8, 8), and ends
 with (d = 8, h = 8, w = 8): one unit vector for each cell of the 8x8 grid. The vector of
-row 3, column 3 (counted from 0) is (0.34, 0.51, 0.13, ...). The nearest of the 4096 codes, at a distance
-of 0.15, is (0.25, 0.50, 0.08, ...), with index 3118. So token 27 has the fine label
-3118. The whole image is 64 fine labels, 2126, 1181, 2688, ... The decoder turns their
-codes into an image again, with 28.1 dB. (All numbers of this example are from one run.
-Another CPU rounds differently and ends with other codes.)
+row 3, column 3 (counted from 0) is (0.34, 0.51, 0.13, ...). The nearest of the 4096
+codes, at a distance of 0.15, is (0.25, 0.50, 0.08, ...), with index 3118. So token 27
+has the fine label 3118. The whole image is 64 fine labels, 2126, 1181, 2688, ... The
+decoder turns their codes into an image again, with 28.1 dB. (All numbers of this
+example are from one run. Another CPU rounds differently and ends with other codes.)
 
-Axis legend of all files: B batch, N images, T tokens, H W pixels, h w token grid, K codes, M clusters, S codes in the largest cluster, d code dimension, V
-vocabulary of the model at hand, F features; N' is the size of a second set. y is the
-class of an image: what the image shows. A label is always the label of a token.
+Axis legend of all files: B batch, N images, T tokens, H W pixels, h w token grid, K
+codes, M clusters, S codes in the largest cluster, d code dimension, V vocabulary of the
+model at hand, F features; N' is the size of a second set. y is the class of an image:
+what the image shows. A label is always the label of a token.
 """
 
 import argparse
@@ -189,9 +190,9 @@ class VQVAE(nn.Module):
 
         z (B, d, h, w) and fine (B, T) come from one batch; rng is a numpy Generator. A
         code becomes the direction of the EMA of the sum of its vectors, so there is no
-        division by the count. A code is dead if the EMA of its count is below dead_below
-        times the mean count. It is re-initialised to a random vector of z. Without that,
-        most of a large codebook would never be used.
+        division by the count. A code is dead if the EMA of its count is below
+        dead_below times the mean count. It is re-initialised to a random vector of z.
+        Without that, most of a large codebook would never be used.
         """
         vectors, fine = as_rows(z), fine.flatten()  # (B*T, d), (B*T,)
         counts = fine.bincount(minlength=len(self.codebook))  # (K,)
@@ -584,8 +585,8 @@ def paint_glyphs(count, image_size, seed):
         glyphs = masters[fonts[part], y[part]][:, None]  # (n, 1, 2H, 2W)
         mask = F.avg_pool2d(F.grid_sample(glyphs, grid, align_corners=False), 2)
         ink, start, end = colors[part].unbind(1)  # (n, rgb, 1, 1)
-        down = angle[part].sin() * across[:, None]  # (n, 1, H, 1)
-        ramp = angle[part].cos() * across + down  # (n, 1, H, W)
+        ramp_down = angle[part].sin() * across[:, None]  # (n, 1, H, 1)
+        ramp = angle[part].cos() * across + ramp_down  # (n, 1, H, W)
         background = torch.lerp(start, end, (ramp + 0.5).clamp(0, 1))  # (n, rgb, H, W)
         painted = torch.lerp(background, ink, mask).permute(0, 2, 3, 1)
         images[part] = (painted * 255).round().byte()
