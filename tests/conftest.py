@@ -55,7 +55,7 @@ def pictures(rng, count):
 
 @pytest.fixture
 def images(tmp_path):
-    """A data folder: train/ and test/ of 3 classes, 12 and 8 noisy 16x16 images each."""
+    """A data folder of noisy 16x16 images: train/ has 12 of each class, test/ 8."""
     for split, count in (("train", 12), ("test", 8)):
         pairs = zip(*pictures(np.random.default_rng(count), count))
         for i, (pixels, y) in enumerate(pairs):
@@ -67,8 +67,8 @@ def images(tmp_path):
 
 @pytest.fixture
 def out(tmp_path):
-    """A folder with images.pt, tokenizer.pt, tokens.pt and clusters.pt of random numbers:
-    36 training and 24 test images."""
+    """A folder with images.pt, tokenizer.pt, tokens.pt and clusters.pt of random
+    numbers: 36 training and 24 test images."""
     folder, model = tmp_path / "out", random_tokenizer()
     folder.mkdir()
     train, test = (pictures(np.random.default_rng(n), n) for n in (12, 8))
@@ -237,10 +237,11 @@ def check_batches(batches, number, size):
 
 
 def check_what_is_learnt_from(monkeypatch, module, command, sets, losses, means):
-    """Training sees pairs of the training set, some classes null; measuring the test set.
+    """Training sees pairs of the training set, some classes null; measuring sees the
+    test set.
 
-    sets: (training, test) Examples; losses, means: names of the functions in module that
-    take tokens and y, and in which argument the tokens are.
+    sets: (training, test) Examples; losses, means: names of the functions in module
+    that take tokens and y, and in which argument the tokens are.
     """
     loss_name, tokens_name = losses
     mean_name, mean_tokens = means

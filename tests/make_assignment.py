@@ -317,10 +317,9 @@ def sheet(names):
     total = sum(EXERCISES[name].points for name in names)
     text = f"# Assignment\n\n{len(names)} exercises, {total} points. Replace each "
     text += "`raise NotImplementedError` by the body of the function, as its docstring "
-    text += "and the message say. Each exercise is graded alone, by the tests below it: solve "
-    text += (
-        "them in any order. Only test_bad_inputs.py and test_pipeline.py need all.\n"
-    )
+    text += "and the message say. Each exercise is graded alone, by the tests below "
+    text += "it: solve them in any order. Only test_bad_inputs.py and test_pipeline.py "
+    text += "need all.\n"
     for i, name in enumerate(names, start=1):
         e = EXERCISES[name]
         functions = " and ".join(f"`{function}`" for function in e.functions)

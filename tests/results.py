@@ -1,11 +1,11 @@
 """Tables and figures that need several folders, from what the six scripts wrote there.
 
-    python tests/results.py loss out/lr*/baseline.pt        # test loss per learning rate
-    python tests/results.py best out/search                 # scores of the samples below
-    python tests/results.py mean out out/seed1 out/seed2    # mean ± deviation of 3 seeds
+    python tests/results.py loss out/lr*/baseline.pt        # test loss of trainings
+    python tests/results.py best out/search                 # scores of all samples in it
+    python tests/results.py mean out out/seed1 out/seed2    # mean ± deviation
     python tests/results.py rows out out/M512               # the model rows of folders
     python tests/results.py coarse out                      # bits per coarse label
-    python tests/results.py refine out                      # the baseline's coarse labels
+    python tests/results.py refine out                      # baseline + stage 2
     python tests/results.py convergence out                 # figure 2, from out/kept-*
 
 Each prints a Markdown table. tests/reproduce.sh calls it for every table of RESULTS.md.
@@ -54,8 +54,8 @@ def loss(paths):
 
 @functools.cache
 def judge_of(path):
-    """The judge that evaluate.py has trained beside path, an images.pt; and the features
-    of its test images."""
+    """The judge that evaluate.py has trained beside path, an images.pt; and the
+    features of its test images."""
     data = torch.load(path, weights_only=True)
     judge = evaluate.Classifier(len(data["class_names"]))
     judge.load_state_dict(torch.load(path.with_name("classifier.pt"))["model"])
@@ -171,9 +171,9 @@ def rows(folders):
 
 @torch.no_grad()
 def coarse(folders):
-    """A control without training: the bits per coarse label of stage 1, and those of the
-    baseline, whose p(cluster) is the sum of p(code) over the codes of the cluster. Stage
-    1 has seen the coarse labels before a token, the baseline the fine labels."""
+    """A control without training: the bits per coarse label of stage 1, and those of
+    the baseline, whose p(cluster) is the sum of p(code) over the codes of the cluster.
+    Stage 1 has seen the coarse labels before a token, the baseline the fine labels."""
     cells = []
     for folder in folders:
         models, _ = sample.load_models(folder, "ctf", CPU)
