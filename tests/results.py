@@ -1,7 +1,7 @@
 """Tables and figures that need several folders, from what the six scripts wrote there.
 
     python tests/results.py loss out/lr*/baseline.pt        # test loss of trainings
-    python tests/results.py best out/search                 # scores of all samples in it
+    python tests/results.py best out/search                 # scores of samples in it
     python tests/results.py mean out out/seed1 out/seed2    # mean ± deviation
     python tests/results.py rows out out/M512               # the model rows of folders
     python tests/results.py coarse out                      # bits per coarse label
