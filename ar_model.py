@@ -8,10 +8,11 @@ the class embedding as the first token.
     python ar_model.py                  # CTF's stage 1, over M coarse labels: coarse.pt
     python ar_model.py --labels fine    # the baseline, over K fine labels: baseline.pt
 
-Reads tokens.pt and clusters.pt; writes coarse.pt and coarse.png (or baseline.pt and
-baseline.png). The first loss is ln V, the loss of a uniform guess. On two CPU cores: 7
-minutes, 1.59 nats on 1,000 test images (baseline: 11 minutes, 2.78 nats). The paper's
-sizes, as --layers --dim --heads: 12 768 12 (B), 24 1024 16 (L), 36 1280 20 (XL).
+Reads tokens.pt and (stage 1) clusters.pt; writes coarse.pt and coarse.png (or
+baseline.pt and baseline.png). The first loss is ln V, the loss of a uniform guess. On
+two CPU cores: 7 minutes, 1.59 nats per token on 1,000 test images (baseline: 11 minutes
+and 2.78). The paper's sizes, as --layers --dim --heads: 12 768 12 (B), 24 1024 16 (L),
+36 1280 20 (XL).
 
 The example image of tokenizer.py: class 0 and 64 coarse labels, 91, 125, 91, 91, ...
 The input is the class and the first 63 labels, (1 + 63, dim). The output is logits, for
@@ -53,7 +54,7 @@ def rotary_table(grid, head_dim, base=10_000):
 
     Half of the angles are proportional to the row, half to the column, at decreasing
     frequencies. Position 0 is the class token. It is not in the grid: its angles are 0,
-    like those of the token in row 0, column 0.
+    like those of the token in row 0, column 0. Only stage 2 uses position T.
     """
     h, w = grid
     n = head_dim // 4  # head_dim / 2 pairs, half of them for the row
@@ -225,18 +226,18 @@ def filter_logits(logits, top_k=0, top_p=1.0):
     """Top-k and nucleus (top-p) filtering: keep the largest logits (..., V) and set the
     rest to -inf.
 
-    top_k keeps the k largest logits; 0, or V and more, is off. top_p then keeps the
-    smallest set of largest logits whose probabilities sum to top_p or more; 1 is off.
-    The probabilities are the softmax of what top_k has kept. The largest logit is
-    always kept. Of equal logits at the edge, top_k keeps all, top_p only as many as it
-    needs. Some logits may be -inf already. The caller's tensor is not modified.
+    top_k keeps the k largest logits; 0, or V and more, is off. Then top_p, above 0,
+    keeps the smallest set of largest logits whose probabilities sum to top_p or more; 1
+    is off. The probabilities are the softmax of what top_k has kept. The largest logit
+    is always kept. Of equal logits at the edge, top_k keeps all, top_p only as many as
+    it needs. Some logits may be -inf already. The caller's tensor is not modified.
     """
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)
     if top_p < 1:
         probability, index = logits.softmax(dim=-1).sort(descending=True)
-        # The sum over all larger logits: 0 for the largest, which is always kept.
+        # The probability of all larger logits: 0 for the largest, always kept.
         before = probability.cumsum(dim=-1) - probability
         drop_sorted = before >= top_p
         # Undo the sorting: entry index[i] gets the value at i.
@@ -264,6 +265,7 @@ def generate(model, y, generator, cfg_scale=1.0, temperature=1.0, top_k=0, top_p
 
     With guidance, the model runs on a batch of 2B: the same tokens with the class and
     with the null class. The order: guide, divide by the temperature, top-k, top-p.
+    generator is torch's, on the device of y.
     """
     guided = cfg_scale != 1
     T = math.prod(model.config.grid)

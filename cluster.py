@@ -32,7 +32,7 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
     """Lloyd's algorithm: minimise the inertia, the sum of squared distances of the rows
     of x (n, d) to the centroids of their clusters.
 
-    It starts from init (k, d), which is not modified, or by default from k-means++. A
+    It starts from init (k, d), which is not modified, or from k-means++ with seed. A
     step assigns each row to its nearest centroid, moves a row of another cluster into
     each empty cluster, and moves every centroid to the mean of its rows. It ends when
     no assignment changes, or after max_iter steps.
@@ -51,12 +51,12 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
     inertia = []
     for _ in range(max_iter):
         assignment = nearest_centroids(x, centroids)
-        distance = ((x - centroids[assignment]) ** 2).sum(axis=1)  # (n,)
+        squared = ((x - centroids[assignment]) ** 2).sum(axis=1)  # (n,) distances
         sizes = np.bincount(assignment, minlength=k)
         for empty in np.flatnonzero(sizes == 0):
             # It takes the row farthest from its centroid, out of a cluster of two or
             # more rows. The inertia does not rise.
-            row = np.where(sizes[assignment] > 1, distance, -1).argmax()
+            row = np.where(sizes[assignment] > 1, squared, -1).argmax()
             sizes[assignment[row]] -= 1
             sizes[empty] = 1
             assignment[row] = empty
@@ -93,7 +93,7 @@ def nearest_centroids(x, centroids):
 
     |x - c|^2 = |x|^2 - 2 x.c + |c|^2, and |x|^2 is the same for all centroids.
     """
-    distances = (centroids**2).sum(axis=1) - 2 * x @ centroids.T  # (n, k), less |x|^2
+    distances = (centroids**2).sum(axis=1) - 2 * x @ centroids.T  # (n, k), - |x|^2
     return distances.argmin(axis=1)
 
 
@@ -110,7 +110,7 @@ def cluster_means(x, assignment, sizes):
 def to_coarse(examples, code_to_cluster):
     """Examples of fine labels int64 (N, T) -> Examples of coarse labels int64 (N, T).
 
-    code_to_cluster int64 (K,) is the map g. The classes stay the same.
+    code_to_cluster: the map g, a tensor int64 (K,). The classes stay the same.
     """
     return Examples(code_to_cluster[examples.x], examples.y)
 
@@ -129,17 +129,17 @@ def labels_by_cluster(code_to_cluster):
 # ---------------------- Figure 1b: how much of an image do its coarse labels determine?
 
 
-def swap_within_clusters(tokens, code_to_cluster, rng):
+def swap_within_clusters(fine, code_to_cluster, rng):
     """Replace every token by a random code from the same cluster (figure 1b).
 
-    tokens: a numpy array of fine labels, of any shape; code_to_cluster: a numpy array
-    (K,); rng: a numpy Generator. Returns fine labels int64 of the shape of tokens.
+    fine: a numpy array of fine labels, of any shape; code_to_cluster: a numpy array
+    (K,); rng: a numpy Generator. Returns fine labels int64 of the shape of fine.
     Every token is sampled independently and uniformly from all codes of its cluster.
-    These include its own code and codes that do not occur in tokens.
+    These include its own code and codes that do not occur in fine.
     """
     by_cluster, sizes = labels_by_cluster(code_to_cluster)
     starts = sizes.cumsum() - sizes  # (M,): where each cluster starts in by_cluster
-    coarse = code_to_cluster[tokens]
+    coarse = code_to_cluster[fine]
     place = rng.integers(sizes[coarse])  # in the cluster: 0 .. size - 1
     return by_cluster[starts[coarse] + place]
 
@@ -188,7 +188,7 @@ def main(argv=None):
     print(f"{share:.1%} of the variance of the codebook is within clusters")
 
     rng = np.random.default_rng(args.seed)
-    # The picture shows k-means and random clusters, whatever --method saves.
+    # The picture shows both kinds. (--method random saves another random map.)
     fine, control = tokens.x[:10].to(device), random_clusters(code_to_cluster, rng)
     rows = {"original": images.x[:10], "reconstruction": reconstruct(model, fine).cpu()}
     for name, g in (("k-means", code_to_cluster), ("random", control)):

@@ -36,20 +36,19 @@ from cluster import random_clusters, swapped_images
 from sample import FILES, load_models, name_of, weights_of
 from tokenizer import fail, psnr, reconstruct, to_float
 
-# ------------------------------------ The metrics: pure functions of arrays, in float64
+# ------------------------------ The metrics: pure functions of numpy arrays, in float64
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) of Gaussians (Heusel et al. 2017,
-    equation 6).
+    equation 6: the square of a distance).
 
     mu1, mu2 (F,); covariances S1 = sigma1, S2 = sigma2 (F, F), singular or not.
     Returns a float, never nan or complex.
     """
-    # The trace of (S1 S2)^1/2 is the sum of the square roots of the eigenvalues of S1
-    # S2. S1^1/2 S2 S1^1/2 has the same eigenvalues. It is symmetric, so they stay real
-    # even if S1 or S2 is singular. (The matrix square root of S1 S2 may become
-    # complex.)
+    # tr (S1 S2)^1/2 is the sum of the square roots of the eigenvalues of S1 S2. Those
+    # of S1^1/2 S2 S1^1/2 are the same. This matrix is symmetric, so they stay real even
+    # if S1 or S2 is singular. (The matrix square root of S1 S2 may become complex.)
     values, vectors = np.linalg.eigh(sigma1)
     root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T  # S1^1/2
     eigenvalues = np.linalg.eigvalsh(root @ sigma2 @ root).clip(min=0)
@@ -66,12 +65,12 @@ def inception_score(logits, splits=10):
     """exp(mean_x KL(p(y|x) || p(y))) (Salimans et al. 2016), 1 to the number of
     classes.
 
-    logits (N, classes), of images in random or balanced order. Returns the mean and the
-    standard deviation over splits: ten as in the paper's code, fewer if N is small (a
-    split of two images cannot score more than 2).
+    logits (N, classes), not sorted by class, so that all splits are alike. Returns the
+    mean and the standard deviation over splits: ten as in the code of Salimans et al.,
+    fewer if N is small (a split of two images cannot score more than 2).
     """
     scores = []
-    most = len(logits) // (2 * logits.shape[1])  # each has two images per class
+    most = len(logits) // (2 * logits.shape[1])  # two images per class, or more
     for part in np.array_split(logits, max(1, min(splits, most))):
         log_p = log_softmax(np.asarray(part, np.float64), axis=1)  # log p(y|x)
         log_marginal = logsumexp(log_p, axis=0) - np.log(len(part))  # log p(y)
@@ -107,8 +106,8 @@ def covered(points, members, squared, device):
     """The share, a float, of points (N, F) within the radius of at least one of the
     members (N', F). squared (N',): their squared radii.
 
-    A point on the edge counts as covered. So the radii get an allowance for the
-    rounding of squared_distances: 1e-14 F times the largest squared coordinate.
+    A point on the edge counts as covered. So the squared radii get an allowance for
+    the rounding of squared_distances: 1e-14 * F * (the largest coordinate)^2.
     """
     largest = max(np.abs(points).max(), np.abs(members).max())
     rounding = 1e-14 * points.shape[1] * largest**2
@@ -213,7 +212,8 @@ def measure(images, y, judge, real, device):
 
 
 def class_accuracy(logits, y):
-    """The share of images whose class y (N,) is the argmax of logits (N, classes)."""
+    """The share of images whose class in y, a tensor (N,), is the argmax of logits, an
+    array (N, classes)."""
     return float((logits.argmax(1) == y.numpy()).mean())
 
 
@@ -221,10 +221,11 @@ def bits_per_token(models, fine, y):
     """The bits per token of real images under a model, one number per stage: [coarse,
     fine given coarse] for CTF, [fine] for the baseline. Their sums can be compared.
 
-    The fine labels q determine the coarse labels c, so -log p(q) = -log p(c) - sum_i
-    log p(q_i | c), all given the class. models holds ar, and for CTF aux; fine (N, T),
-    y (N,). mean_loss and mean_fine_loss give nats; bits are nats divided by ln 2.
-    Guidance, temperature and top-k play no role here.
+    The fine labels q determine the coarse labels c, so, all given the class,
+    -log p(q) = -log p(c) - sum_i log p(q_i | c).
+    models holds ar, and for CTF aux; fine (N, T), y (N,). mean_loss and mean_fine_loss
+    give nats; bits are nats divided by ln 2. Guidance, temperature and top-k play no
+    role here.
     """
     if "aux" in models:
         coarse = models["aux"].code_to_cluster[fine]
@@ -240,8 +241,8 @@ def bits_per_token(models, fine, y):
 
 def swaps(vqvae, fine, clusters, seed):
     """Images uint8 (N, H, W, 3) of fine labels (N, T) swapped within clusters (figure
-    1b): {"random": images, "k-means": images}, or only "random" if the artifact
-    clusters is of random ones."""
+    1b): {"random": images, "k-means": images}; only "random" if clusters, the
+    artifact in clusters.pt, has random ones."""
     rng = np.random.default_rng(seed)
     g = clusters["code_to_cluster"].numpy()
     maps = {"random": random_clusters(g, rng), "k-means": g}

@@ -9,7 +9,7 @@ over the fine labels themselves.
     python sample.py --fine-top-k 0                  # sampled fine labels (the paper)
     python sample.py --num-samples 50000 --export    # files for other FID programs
 
-Reads tokenizer.pt, tokens.pt, clusters.pt, coarse.pt and fine.pt (or baseline.pt), and
+Reads tokenizer.pt, tokens.pt; clusters.pt, coarse.pt and fine.pt, or else baseline.pt;
 images.pt for --anatomy and --export.
 Writes samples.pt (images uint8 (N, H, W, 3), classes (N,), coarse and fine labels
 (N, T)) and samples.png; for the baseline samples-baseline.pt and .png. With --anatomy
@@ -42,8 +42,8 @@ from cluster import random_clusters, swapped_images
 from tokenizer import fail, load_examples, to_uint8
 
 FILES = {"ctf": "samples.pt", "baseline": "samples-baseline.pt"}
-# The defaults, SETTINGS for stage 1 or the baseline, FINE_SETTINGS for stage 2: the
-# argmax (top_k 1) and no guidance. (The paper samples fine labels: top_k 0.)
+# The defaults: SETTINGS for stage 1 or the baseline; FINE_SETTINGS for stage 2, the
+# argmax (top_k 1) without guidance. (The paper samples fine labels: top_k 0.)
 SETTINGS = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 FINE_SETTINGS = {"cfg_scale": 1.0, "temperature": 1.0, "top_k": 1}
 
@@ -54,10 +54,10 @@ FINE_SETTINGS = {"cfg_scale": 1.0, "temperature": 1.0, "top_k": 1}
 def sample_images(models, y, generator, settings, fine_settings):
     """Sample one image for each class in y int64 (B,), on the device of models.
 
-    models holds vqvae, ar, and for CTF aux. settings, as SETTINGS, are those of stage 1
-    or of the baseline; fine_settings, as FINE_SETTINGS, those of stage 2. Both stages
-    use the same generator, stage 1 first. Returns images uint8 (B, H, W, 3), coarse
-    labels int64 (B, T) (None for the baseline) and fine labels int64 (B, T).
+    models holds vqvae, ar, and for CTF aux. settings, with the keys of SETTINGS, are
+    for stage 1 or the baseline; fine_settings, with those of FINE_SETTINGS, for stage
+    2. Both stages use the same generator, stage 1 first. Returns images uint8 (B, H, W,
+    3), coarse labels int64 (B, T) (None for the baseline) and fine labels int64 (B, T).
     """
     vqvae = models["vqvae"]
     with tokenizer.autocast(y.device):
@@ -104,8 +104,9 @@ def sample_batches(models, y, seed, settings, fine_settings, batch_size=100):
 
 
 def load_models(out, model, device):
-    """Two dicts for model "ctf" or "baseline": its networks vqvae, ar and (CTF) aux, in
-    eval mode; and their artifacts. Fails if these do not belong together."""
+    """Two dicts for model "ctf" or "baseline": its networks vqvae, ar and (CTF) aux, as
+    a ModuleDict in eval mode; and their artifacts. Fails if these do not belong
+    together."""
     models, artifacts = {}, {}
     models["vqvae"], artifacts["vqvae"] = tokenizer.load_tokenizer(out, device)
     ids = {"codebook_id": artifacts["vqvae"]["codebook_id"]}
@@ -120,7 +121,7 @@ def load_models(out, model, device):
 
 
 def weights_of(artifacts):
-    """{network: weights_id}, by which evaluate.py recognises the weights of samples."""
+    """{network: weights_id}: evaluate.py checks that these weights made the samples."""
     return {name: artifact["weights_id"] for name, artifact in artifacts.items()}
 
 
@@ -228,8 +229,8 @@ def main(argv=None):
 
 
 def choose_classes(wanted, count, test_classes, class_names):
-    """Classes int64 (count,): the wanted ones (names or numbers) equally often, or by
-    default the classes of the test images in their order."""
+    """Classes int64 (count,): the wanted ones (names or numbers) in turn, or by default
+    test_classes (N,) in their order. Fails if one is unknown."""
     if not wanted:
         return test_classes[torch.arange(count) % len(test_classes)]
     numbers = []

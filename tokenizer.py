@@ -1,16 +1,17 @@
 """The tokenizer: a VQ-VAE that turns an image into a grid of discrete tokens and back.
 
-An encoder turns an image into a grid of vectors. Each vector is replaced by the nearest
-of K codebook vectors, its *code*. A decoder turns the grid of codes back into an image.
-The index of a code is the token's *fine label*. CTF, coarse-to-fine token prediction
-(arXiv 2503.16194), starts from such a tokenizer with a large codebook. VQ-VAE: van den
+An encoder turns an image into a grid of vectors, one for each *token*. Each vector is
+replaced by the nearest of K codebook vectors, its *code*. A decoder turns the grid of
+codes back into an image. The index of a token's code is its *fine label*. CTF,
+coarse-to-fine token prediction (arXiv 2503.16194), starts from such a tokenizer with a
+large codebook. VQ-VAE: van den
 Oord et al. 2017. As in LlamaGen (arXiv 2406.06525), the codes are unit vectors of only
 d = 8 dimensions.
 
     python tokenizer.py                   # coloured digits, 32x32 pixels -> 8x8 tokens
     python tokenizer.py --data cifar10    # or mnist, fashion_mnist, a folder of classes
 
-Reads the images; writes to --out: images.pt (the images, decoded once for all scripts),
+Reads the images; writes to --out: images.pt (the images, read once for all scripts),
 tokenizer.pt, tokens.pt (the fine labels of all images) and tokenizer.png. On two CPU
 cores: 4 minutes, 27 dB (PSNR) on the test images, nearly all of the 4096 codes in use.
 The method is in the first part of the file. From "Images" on, it is data and what all
@@ -20,10 +21,11 @@ One image followed through all files: the first of the test set, a 0, is (3, 32,
 The encoder halves its height and width twice, to (48, 16, 16) and (96, 8, 8), and ends
 with (d = 8, h = 8, w = 8): one unit vector for each cell of the 8x8 grid. The vector of
 row 3, column 3 (counted from 0) is (0.34, 0.51, 0.13, ...). The nearest of the 4096
-codes, at a distance of 0.15, is (0.25, 0.50, 0.08, ...), with index 3118. So token 27
-has the fine label 3118. The whole image is 64 fine labels, 2126, 1181, 2688, ... The
-decoder turns their codes into an image again, with 28.1 dB. (All numbers of this
-example are from one run. Another CPU rounds differently and ends with other codes.)
+codes, at a distance of 0.15, is (0.25, 0.50, 0.08, ...), with index 3118. So token 27 =
+3 * 8 + 3 has the fine label 3118. The whole image is 64 fine labels, 2126, 1181, 2688,
+... The decoder turns their codes into an image again, with 28.1 dB. (All numbers of
+this example are from one run. Another CPU rounds differently and ends with other
+codes.)
 
 Axis legend of all files: B batch, N images, T tokens, H W pixels, h w token grid, K
 codes, M clusters, S codes in the largest cluster, d code dimension, V vocabulary of the
@@ -42,7 +44,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-if "IPython" not in sys.modules:  # a notebook's !python passes on a backend of its own
+if "IPython" not in sys.modules:  # a notebook passes its own backend to !python
     os.environ.pop("MPLBACKEND", None)
 import matplotlib
 import numpy as np
@@ -136,7 +138,7 @@ class VQVAE(nn.Module):
         """Replace every vector by its nearest code, with the straight-through
         estimator.
 
-        z: unit vectors (B, d, h, w). Returns, as in equations 1 to 3 of VQ-VAE,
+        z: unit vectors (B, d, h, w). Returns (see VQ-VAE, equations 1 to 3)
         - z_q (B, d, h, w): the codes. Their gradient is passed to z unchanged.
         - fine int64 (B, T): the fine labels, row by row.
         - commitment: the mean of (z - code)^2 over all elements, with a gradient to z.
@@ -208,7 +210,7 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def set_codes(self, which, vectors):
         """Set the codes with indices which (n,) to vectors (n, d), and their EMAs to
-        those of an average code."""
+        about those of an average code."""
         self.codebook[which] = vectors
         self.moving_count[which] = self.moving_count.mean()
         self.moving_sum[which] = vectors * self.moving_count.mean()
@@ -233,7 +235,7 @@ class VQVAE(nn.Module):
     def usage(self):
         """(percent of the codes in use, perplexity), from the EMA counts.
 
-        In use: at least a tenth of the average count. Perplexity: exp(entropy of the
+        In use: above a tenth of the average count. Perplexity: exp(entropy of the
         shares), K if all codes are used equally often, 1 if only one is used. A code
         that was just re-initialised has an average count, so it counts as used.
         """
@@ -319,7 +321,7 @@ def main(argv=None):
     train_set, test_set, class_names = read_images(args.data, args.image_size)
     # So that the first n images are a fair sample of all classes.
     train_set, test_set = interleave(train_set), interleave(test_set)
-    images_id = short_hash(*train_set, *test_set)  # by which load refuses other images
+    images_id = short_hash(*train_set, *test_set)  # load refuses other images
     counts = f"{len(train_set.x)} + {len(test_set.x)} images"
     names = ", ".join(class_names[:10])
     print(f"{args.data}: {counts}, {len(class_names)} classes ({names}), on {device}")
@@ -367,7 +369,7 @@ def main(argv=None):
             checkpoint["codebook_id"] = short_hash(model.codebook)
             save_checkpoint(path, model, optimizer, checkpoint, args, scores)
 
-    # Without autocast: here the encoder, too, runs in float32.
+    # Without autocast: the labels in tokens.pt come from a float32 encoder.
     fine, test_fine = tokenize(model, train_set.x), tokenize(model, test_set.x)
     save(
         args.out / "tokens.pt",
@@ -389,8 +391,9 @@ def main(argv=None):
 
 
 def measure(model, images, quantized):
-    """Quality of the reconstructions of images uint8 (N, H, W, 3), and codebook usage;
-    nan while there is no codebook yet."""
+    """Of images uint8 (N, H, W, 3): the PSNR of the reconstructions in dB. Of the
+    codebook: usage in percent, and perplexity. A dict; nan while there is no codebook
+    yet."""
     if not quantized:
         return {"psnr": math.nan, "usage": math.nan, "perplexity": math.nan}
     with autocast(images.device):
@@ -479,7 +482,7 @@ def read_folder(root, image_size):
 
 
 def find_images(root):
-    """([(file, class number), ...] for training, the same for testing), class names."""
+    """((training pairs, test pairs), class names). A pair: (file, class number)."""
     splits = {path.name.lower(): path for path in visible(root)}
     test = splits.get("test", splits.get("val"))
     if "train" in splits and test:
@@ -552,8 +555,8 @@ def paint_glyphs(count, image_size, seed):
     """Bright digits on dark gradients, slightly rotated, slanted, zoomed and shifted.
 
     Returns images uint8 (count, H, W, 3) and their digits int64 (count,). Every digit
-    occurs equally often. The same seed paints the same images (up to the rounding of
-    the CPU). All seeds share the fonts.
+    occurs equally often. The same seed and count paint the same images (up to the
+    rounding of the CPU). All seeds share the fonts.
     """
     rng = np.random.default_rng((seed, count))
     y = torch.from_numpy(rng.permutation(np.arange(count) % 10))
@@ -693,7 +696,7 @@ def copy_due(step, args):
 
 
 def start_or_resume(path, model, optimizer, args, ids):
-    """The checkpoint from which training starts: a dict with everything but weights.
+    """The checkpoint from which training starts: a dict without the weights.
     ids identify what the model is trained on. --resume loads the weights in path into
     model and optimizer, and fails if that run had other flags or ids."""
     if args.steps < 1:
