@@ -5,7 +5,8 @@
 #
 # They run in $OUT (default: out) and its sub-folders, and need what the commands of the
 # README left in $OUT, those of the baseline included. tokenizers, equal_seconds,
-# difference and convergence also need table1. A command that has finished is skipped,
+# difference and convergence also need table1; sweep needs sweep_rates, cifar needs
+# cifar_rates, cifar_seconds needs cifar. A command that has finished is skipped,
 # so this script can be stopped and called again: a training then continues from its
 # last save. RESULTS.md used OMP_NUM_THREADS=1 and two trainings at a time.
 set -euo pipefail
@@ -276,19 +277,66 @@ cifar_gpu() {
 }
 
 # Learning rates for CIFAR-10 at the paper's K and M after a short training: 1,000 steps
-# of stage 1 and 500 of stage 2 against 1,000 of the baseline. (A baseline takes over
-# twenty minutes of one core, so its rate is chosen in 333 steps. The samples have no
-# function yet.)
+# of stage 1 and 500 of stage 2 against 1,000 of the baseline. A baseline takes twenty
+# minutes of one core, so its rate is chosen in 333 steps.
 cifar_rates() {
     out=$OUT/cifar
     once python tokenizer.py --data $CIFAR --out $out --codebook-size 16384 --steps 1500
     once python cluster.py --out $out --clusters 512
     for lr in 1e-3 2e-3 4e-3; do
         once python ar_model.py --out $out/lr$lr --lr $lr --dim 192 --steps 1000
+    done
+    for lr in 1e-3 2e-3 4e-3 8e-3; do
         once python aux_model.py --out $out/lr$lr --lr $lr --steps 500
         once python ar_model.py --out $out/lr$lr --lr $lr --dim 192 --steps 333 --labels fine
     done
     python tests/results.py loss $out/lr*/{coarse,fine,baseline}.pt
+}
+
+# CIFAR-10 after a short training, three seeds, at the learning rates that cifar_rates
+# found. First the guidance, on seed 0 with another sampling seed; then the scores at the
+# best guidance.
+cifar() {
+    out=$OUT/cifar
+    for seed in 0 1 2; do
+        once python ar_model.py --out $out/seed$seed --seed $seed --dim 192 --steps 1000
+        once python aux_model.py --out $out/seed$seed --seed $seed --lr 2e-3 --steps 500
+        once python ar_model.py --out $out/seed$seed --seed $seed --lr 2e-3 --dim 192 --steps 1000 --labels fine
+    done
+    search="--seed 1 --cfg-scales 1 1.5 2 3 4 6 8 12"
+    mkdir -p $out/seed0/search/{sampled,argmax}
+    once python sample.py --out $out/seed0/search/sampled --fine-top-k 0 $search
+    once python sample.py --out $out/seed0/search/sampled --model baseline $search 16 24
+    once python sample.py --out $out/seed0/search/argmax $search
+    once python evaluate.py --out $out/seed0/search/argmax/cfg2 --judge-steps 3000 # trains the judge
+    low="--temperature 0.8 --seed 1"
+    mkdir -p $out/seed0/search/{sampled,argmax}-T0.8
+    once python sample.py --out $out/seed0/search/sampled-T0.8 $low --model baseline --cfg-scales 2 4 8
+    once python sample.py --out $out/seed0/search/sampled-T0.8 $low --fine-top-k 0 --cfg-scales 2 3 4
+    once python sample.py --out $out/seed0/search/argmax-T0.8 $low --cfg-scales 2 3 4
+    python tests/results.py best $out/seed0/search
+    for seed in 0 1 2; do
+        once python sample.py --out $out/seed$seed --fine-top-k 0 --cfg-scales 4
+        once python sample.py --out $out/seed$seed --model baseline --cfg-scales 12
+        once python evaluate.py --out $out/seed$seed --judge-steps 3000
+        once python sample.py --out $out/seed$seed/argmax --cfg-scales 3
+        once python evaluate.py --out $out/seed$seed/argmax --judge-steps 3000
+    done
+    python tests/results.py mean $out/seed{0,1,2}
+    python tests/results.py mean $out/seed{0,1,2}/argmax
+}
+
+# CIFAR-10 at equal seconds: the baseline for as long as CTF's two trainings take
+# together. On the machine of RESULTS.md that is 400 steps.
+cifar_seconds() {
+    out=$OUT/cifar/seconds
+    once python ar_model.py --out $out --lr 2e-3 --dim 192 --steps 400 --labels fine
+    mkdir -p $out/search
+    once python sample.py --out $out/search --model baseline --seed 1 --cfg-scales 4 8 12 24
+    python tests/results.py best $out/search
+    once python sample.py --out $out --model baseline --cfg-scales 12
+    once python evaluate.py --out $out --judge-steps 3000
+    python tests/results.py rows $OUT/cifar/seed0 $out
 }
 
 # CIFAR-10 at the paper's K and M on two cores. The last three trainings take 80 minutes
