@@ -212,8 +212,7 @@ def measure(images, y, judge, real, device):
 
 
 def class_accuracy(logits, y):
-    """The share of images whose class in y, a tensor (N,), is the argmax of logits, an
-    array (N, classes)."""
+    """The share of classes y, a tensor (N,), that are the argmax of logits, an array."""
     return float((logits.argmax(1) == y.numpy()).mean())
 
 

@@ -104,9 +104,8 @@ def sample_batches(models, y, seed, settings, fine_settings, batch_size=100):
 
 
 def load_models(out, model, device):
-    """Two dicts for model "ctf" or "baseline": its networks vqvae, ar and (CTF) aux, as
-    a ModuleDict in eval mode; and their artifacts. Fails if these do not belong
-    together."""
+    """For model "ctf" or "baseline": a ModuleDict of vqvae, ar and (CTF) aux in eval
+    mode, and a dict of their artifacts. Fails if these do not belong together."""
     models, artifacts = {}, {}
     models["vqvae"], artifacts["vqvae"] = tokenizer.load_tokenizer(out, device)
     ids = {"codebook_id": artifacts["vqvae"]["codebook_id"]}

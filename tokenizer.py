@@ -391,9 +391,8 @@ def main(argv=None):
 
 
 def measure(model, images, quantized):
-    """Of images uint8 (N, H, W, 3): the PSNR of the reconstructions in dB. Of the
-    codebook: usage in percent, and perplexity. A dict; nan while there is no codebook
-    yet."""
+    """A dict: the PSNR in dB of images uint8 (N, H, W, 3), the usage of the codebook in
+    percent, and its perplexity; nan while there is no codebook yet."""
     if not quantized:
         return {"psnr": math.nan, "usage": math.nan, "perplexity": math.nan}
     with autocast(images.device):
