@@ -212,7 +212,7 @@ def measure(images, y, judge, real, device):
 
 
 def class_accuracy(logits, y):
-    """The share of classes y, a tensor (N,), that are the argmax of logits, an array."""
+    """The share of classes y, a tensor (N,), that are the argmax of logits (array)."""
     return float((logits.argmax(1) == y.numpy()).mean())
 
 
