@@ -43,6 +43,11 @@ learning_rates() {
         once python aux_model.py --out $OUT/lr$lr --lr $lr
     done
     python tests/results.py loss $OUT/{,lr*/}{coarse,baseline,fine}.pt
+    for lr in 5e-4 2e-3 4e-3; do
+        once python sample.py --out $OUT/lr$lr --model baseline
+        once python evaluate.py --out $OUT/lr$lr
+    done
+    python tests/results.py rows $OUT/lr{5e-4,2e-3,4e-3}
 }
 
 # Guidance and temperature of each model on seed 0. The sampling seed is 1, so that what
