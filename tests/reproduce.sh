@@ -288,7 +288,7 @@ cifar_rates() {
     out=$OUT/cifar
     once python tokenizer.py --data $CIFAR --out $out --codebook-size 16384 --steps 1500
     once python cluster.py --out $out --clusters 512
-    for lr in 1e-3 2e-3 4e-3; do
+    for lr in 5e-4 1e-3 2e-3 4e-3; do
         once python ar_model.py --out $out/lr$lr --lr $lr --dim 192 --steps 1000
     done
     for lr in 1e-3 2e-3 4e-3 8e-3; do
