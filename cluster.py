@@ -91,9 +91,9 @@ def kmeans_plus_plus(x, k, rng):
 def nearest_centroids(x, centroids):
     """The index int64 (n,) of the centroid (k, d) nearest to each row of x (n, d).
 
-    |x - c|^2 = |x|^2 - 2 x.c + |c|^2, and |x|^2 is the same for all centroids.
+    |x - c|^2 = |x|^2 - 2 x.c + |c|^2. |x|^2 is left out: it is the same for all c.
     """
-    distances = (centroids**2).sum(axis=1) - 2 * x @ centroids.T  # (n, k), - |x|^2
+    distances = (centroids**2).sum(axis=1) - 2 * x @ centroids.T  # (n, k)
     return distances.argmin(axis=1)
 
 

@@ -4,9 +4,8 @@ An encoder turns an image into a grid of vectors, one for each *token*. Each vec
 replaced by the nearest of K codebook vectors, its *code*. A decoder turns the grid of
 codes back into an image. The index of a token's code is its *fine label*. CTF,
 coarse-to-fine token prediction (arXiv 2503.16194), starts from such a tokenizer with a
-large codebook. VQ-VAE: van den
-Oord et al. 2017. As in LlamaGen (arXiv 2406.06525), the codes are unit vectors of only
-d = 8 dimensions.
+large codebook. VQ-VAE: van den Oord et al. 2017. As in LlamaGen (arXiv 2406.06525), the
+codes are unit vectors of only d = 8 dimensions.
 
     python tokenizer.py                   # coloured digits, 32x32 pixels -> 8x8 tokens
     python tokenizer.py --data cifar10    # or mnist, fashion_mnist, a folder of classes
@@ -481,7 +480,7 @@ def read_folder(root, image_size):
 
 
 def find_images(root):
-    """((training pairs, test pairs), class names). A pair: (file, class number)."""
+    """([training pairs, test pairs], class names). A pair: (file, class number)."""
     splits = {path.name.lower(): path for path in visible(root)}
     test = splits.get("test", splits.get("val"))
     if "train" in splits and test:
