@@ -1,9 +1,15 @@
 """Stage 1: a GPT-style model that predicts the coarse labels of an image one by one.
 
 p(c_1 .. c_T | y) = prod_t p(c_t | c_<t, y), trained by cross-entropy over the M coarse
-labels (arXiv 2503.16194, figure 1c). The Transformer is LlamaGen's (arXiv 2406.06525):
-pre-norm RMSNorm, SwiGLU, 2D rotary positions, no biases, untied embedding and head, and
-the class embedding as the first token.
+labels (arXiv 2503.16194, figure 1c). The Transformer is LlamaGen's (arXiv 2406.06525).
+It differs from that of "Attention is all you need" in this:
+- pre-norm: a layer adds attention(norm(x)) to x, and then mlp(norm(x)).
+- RMSNorm: x / sqrt(mean(x^2)) times a learnt gain. No mean is subtracted, no bias added.
+- SwiGLU in place of ReLU: silu(W1 x) * (W2 x), with silu(a) = a sigmoid(a).
+- 2D rotary positions: nothing is added to the embeddings. Queries and keys are rotated
+  (rotary_table).
+- no biases, no dropout; the embedding and the head do not share their weights; the
+  first token is the class.
 
     python ar_model.py                  # CTF's stage 1, over M coarse labels: coarse.pt
     python ar_model.py --labels fine    # the baseline, over K fine labels: baseline.pt
@@ -29,12 +35,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-import tokenizer
-from cluster import to_coarse
+# isort: off
+from tokenizer import adamw, autocast, earlier_run, record, save_checkpoint, start
+from tokenizer import update, Examples, load, picture
+from tokenizer import add_training_flags, command_line, number, pick_device, run
 
 # ---------------------------------------------------------------------------- The model
 
@@ -53,8 +60,13 @@ def rotary_table(grid, head_dim, base=10_000):
     """Cosines and sines of the 2D rotary positions: float32 (2, T + 1, head_dim / 2).
 
     Half of the angles are proportional to the row, half to the column, at decreasing
-    frequencies. Position 0 is the class token. It is not in the grid: its angles are 0,
-    like those of the token in row 0, column 0. Only stage 2 uses position T.
+    frequencies. In a 2x3 grid, token 5 is in row 1, column 2. With head_dim = 8 the
+    frequencies are 1 and 0.01, so its angles are 1, 0.01 (row), 2, 0.02 (column).
+    Rotated by 2, the pair (1, 0) becomes (cos 2, sin 2) = (-0.42, 0.91).
+
+    Position 0 is the class token. It is not in the grid: its angles are 0, like those
+    of the token in row 0, column 0. Stage 1 never gets to position T, the last token:
+    nothing is predicted after it. Stage 2 does.
     """
     h, w = grid
     n = head_dim // 4  # head_dim / 2 pairs, half of them for the row
@@ -75,9 +87,9 @@ def rotate(x, rotary):
     The dot product of a rotated query and a rotated key depends on the difference of
     their positions only (RoFormer, Su et al. 2021).
     """
-    cos, sin = rotary.type_as(x)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    cos, sin = rotary
+    a, b = x.float().chunk(2, dim=-1)  # bfloat16 is too coarse for the angles
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
 
 class Cache:
@@ -135,7 +147,8 @@ class Block(nn.Module):
         self.qkv gives the queries of all heads, then their keys, then their values;
         self.gate_up gives the gate, then up. Keys are rotated before they are cached.
         With a cache, x are the tokens that follow those in the cache: a single token,
-        or several if the cache is empty.
+        or several if the cache is empty. (is_causal compares the indices of a query and
+        a key, so both must start at the same token.)
         """
         B, n, dim = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(B, n, 3, self.heads, -1)
@@ -222,19 +235,41 @@ def guide(cond, uncond, scale):
     return uncond + scale * (cond - uncond)
 
 
-def filter_logits(logits, top_k=0, top_p=1.0):
-    """Top-k and nucleus (top-p) filtering: keep the largest logits (..., V) and set the
-    rest to -inf.
+@dataclass(frozen=True)
+class Sampling:
+    """How labels are sampled from logits. The order: guide, divide by the temperature,
+    top-k, top-p."""
 
-    top_k keeps the k largest logits; 0, or V and more, is off. Then top_p, above 0,
-    keeps the smallest set of largest logits whose probabilities sum to top_p or more; 1
-    is off. The probabilities are the softmax of what top_k has kept. The largest logit
-    is always kept. Of equal logits at the edge, top_k keeps all, top_p only as many as
-    it needs. Some logits may be -inf already. The caller's tensor is not modified.
+    cfg_scale: float = 1.0  # 1 is off
+    temperature: float = 1.0  # above 0
+    top_k: int = 0  # 1 is the argmax, 0 is off
+    top_p: float = 1.0  # above 0; 1 is off
+
+    def draw(self, logits, generator):
+        """Logits (B, ..., V) -> indices int64 (B, ...). With guidance, logits are those
+        with the class and then those without: (2B, ..., V)."""
+        if self.cfg_scale != 1:
+            cond, uncond = logits.chunk(2)
+            logits = guide(cond, uncond, self.cfg_scale)
+        logits = filter_logits(logits / self.temperature, self.top_k, self.top_p)
+        return draw(logits, generator)
+
+
+def filter_logits(logits, top_k=0, top_p=1.0):
+    """Top-k and nucleus (top-p) filtering of logits (..., V): what is not kept becomes
+    -inf. The caller's tensor is not modified; some logits may be -inf already.
+
+    - top_k keeps the k largest logits, exactly k if some are equal. 0, or V and more,
+      is off.
+    - top_p, above 0, then keeps the smallest set of largest logits whose probabilities
+      sum to top_p or more. 1 is off.
+    - These probabilities are the softmax of what top_k has kept.
+    - The largest logit is always kept.
     """
     if 0 < top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest, -math.inf)
+        kept = logits.topk(top_k)
+        nothing = torch.full_like(logits, -math.inf)
+        logits = nothing.scatter(-1, kept.indices, kept.values)
     if top_p < 1:
         probability, index = logits.softmax(dim=-1).sort(descending=True)
         # The probability of all larger logits: 0 for the largest, always kept.
@@ -251,37 +286,35 @@ def draw(logits, generator):
 
     By the Gumbel-max trick: add independent Gumbel noise, -ln(-ln u) with u uniform in
     0..1, to every logit. Then the argmax is index i with probability
-    softmax(logits)[i]. 5 times as fast as torch.multinomial at V = 4096.
+    softmax(logits)[i]. 3 to 5 times as fast as torch.multinomial at V = 4096.
     """
     uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
     uniform = uniform.clamp(1e-20, 1 - 1e-7)  # ln 0 is -inf
     return (logits - (-uniform.log()).log()).argmax(dim=-1)
 
 
-# Not inference_mode: under it, autocast would cast all weights again for every token.
+def with_null(y, model):
+    """Classes (B,) -> (2B,): the classes, and then as many null classes (CFG)."""
+    return torch.cat([y, torch.full_like(y, model.config.num_classes)])
+
+
+# Not inference_mode: there, autocast would cast all weights again for every token.
 @torch.no_grad()
-def generate(model, y, generator, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0):
+def generate(model, y, generator, sampling):
     """Sample T tokens one by one: classes y (B,) -> tokens int64 (B, T).
 
     With guidance, the model runs on a batch of 2B: the same tokens with the class and
-    with the null class. The order: guide, divide by the temperature, top-k, top-p.
-    generator is torch's, on the device of y.
+    with the null class. generator is torch's, on the device of y. sampling: a Sampling.
     """
-    guided = cfg_scale != 1
+    guided = sampling.cfg_scale != 1
     T = math.prod(model.config.grid)
-    if guided:
-        null = torch.full_like(y, model.config.num_classes)
-        y = torch.cat([y, null])
     caches = [Cache(T) for _ in model.blocks]  # T inputs: class, tokens 0 .. T - 2
     # x is the input at position t: the class for t = 0, else token t - 1.
-    x = model.class_embedding(y)[:, None]  # (B or 2B, 1, dim)
+    x = model.class_embedding(with_null(y, model) if guided else y)[:, None]
     tokens = []
-    for t in range(T):
+    for t in range(T):  # x is (B or 2B, 1, dim)
         logits = model.transformer(x, t, caches)[:, 0]  # (B or 2B, V)
-        if guided:
-            cond, uncond = logits.chunk(2)
-            logits = guide(cond, uncond, cfg_scale)
-        token = draw(filter_logits(logits / temperature, top_k, top_p), generator)
+        token = sampling.draw(logits, generator)
         tokens.append(token)  # (B,)
         x = model.token_embedding(token.repeat(2) if guided else token)[:, None]
     return torch.stack(tokens, dim=1)
@@ -297,33 +330,25 @@ def drop_classes(y, num_classes, rng):
     return y.masked_fill(dropped, num_classes)
 
 
-def adamw(model):
-    """AdamW with LlamaGen's settings: weight decay on matrices, none on norm gains. The
-    learning rate is set at every step."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    gains = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}]
-    groups += [{"params": gains, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-
-
 @torch.no_grad()
 def mean_loss(model, tokens, y):
     """next_token_loss over all of tokens (N, T) and y (N,), a float."""
     total = 0.0
     for part, part_y in zip(tokens.split(64), y.split(64)):
-        with tokenizer.autocast(part.device):
+        with autocast(part.device):
             loss = next_token_loss(model, part, part_y)
         total += loss.item() * len(part)
     return total / len(tokens)
 
 
-def parse_args(parser, defaults, argv):
-    """The flags in argv, with the size of a Transformer. defaults: its config class."""
+def parse_with_model(parser, default, argv):
+    """The flags in argv, with those of both Transformers; default: their config."""
     add = parser.add_argument
-    add("--layers", type=int, default=defaults.layers, help="Transformer layers")
-    add("--dim", type=int, default=defaults.dim, help="width of the Transformer")
-    add("--heads", type=int, default=defaults.heads, help="attention heads")
+    add("--layers", type=number(int, 1), default=default.layers, help="layers")
+    add("--dim", type=number(int, 1), default=default.dim, help="width")
+    add("--heads", type=number(int, 1), default=default.heads, help="attention heads")
+    what = "copies to keep along the way, in kept-*/"
+    add("--keep", type=number(int, 0), default=0, help=what)
     args = parser.parse_args(argv)
     if args.dim % (4 * args.heads):  # rotary pairs, for the row and for the column
         parser.error(f"--dim must be a multiple of 4 x --heads, {4 * args.heads}")
@@ -331,26 +356,26 @@ def parse_args(parser, defaults, argv):
 
 
 def main(argv=None):
-    parser = tokenizer.command_line(__doc__)
+    parser = command_line(__doc__)
     what = "coarse: stage 1; fine: the baseline"
     labels = ["coarse", "fine"]
     parser.add_argument("--labels", choices=labels, default="coarse", help=what)
-    tokenizer.add_training_flags(parser, steps=3000, batch_size=32, lr=1e-3)
-    args = parse_args(parser, ARConfig, argv)
-    device = tokenizer.pick_device(args.device)
+    add_training_flags(parser, steps=3000, batch_size=32, lr=1e-3)
+    args = parse_with_model(parser, ARConfig, argv)
+    device = pick_device(args.device)
+    is_stage1 = args.labels == "coarse"
+    path = args.out / ("coarse.pt" if is_stage1 else "baseline.pt")
+    earlier = earlier_run(path, args)
 
-    train_set, test_set, artifact = tokenizer.load_examples(args.out, "tokens.pt")
-    ids = {"codebook_id": artifact["codebook_id"]}
-    if args.labels == "coarse":
-        clusters = tokenizer.load(args.out, "clusters.pt", **ids)
-        g = clusters["code_to_cluster"]  # (K,)
-        train_set, test_set = to_coarse(train_set, g), to_coarse(test_set, g)
+    artifact = load(args.out, "tokens.pt")
+    train_set, test_set = artifact["train"], artifact["test"]
+    ids, V = {"codebook_id": artifact["codebook_id"]}, artifact["codebook_size"]  # K
+    if is_stage1:
+        clusters = load(args.out, "clusters.pt", **ids)
         ids["cluster_id"] = clusters["cluster_id"]
-        V = len(clusters["centroids"])  # M
-        path = args.out / "coarse.pt"
-    else:
-        V = artifact["codebook_size"]  # K
-        path = args.out / "baseline.pt"
+        g, V = clusters["code_to_cluster"], len(clusters["centroids"])  # (K,), M
+        train_set = Examples(g[train_set.x], train_set.y)
+        test_set = Examples(g[test_set.x], test_set.y)
     train_set, test_set = train_set.to(device), test_set.to(device)
 
     torch.manual_seed(args.seed)
@@ -358,7 +383,7 @@ def main(argv=None):
     config = ARConfig(V, num_classes, grid, args.layers, args.dim, args.heads)
     model = ARModel(config).to(device)
     optimizer = adamw(model)
-    checkpoint = tokenizer.start_or_resume(path, model, optimizer, args, ids)
+    checkpoint = start(earlier, model, optimizer, args, **ids)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, {V} {args.labels} labels, on {device}")
     print(f"a uniform guess has a loss of ln {V} = {math.log(V):.3f} nats")
@@ -369,21 +394,16 @@ def main(argv=None):
     bar = tqdm(range(first, args.steps), path.stem, args.steps, initial=first)
     for step in bar:
         began = time.perf_counter()
-        # Seeded by the step, so that --resume continues with the same batches.
-        rng = np.random.default_rng((args.seed, step))
-        tokenizer.set_learning_rate(optimizer, step, args)
+        rng = np.random.default_rng((args.seed, step))  # see tokenizer.py
         tokens, y = train_set.batch(rng, args.batch_size)
         y = drop_classes(y, num_classes, rng)
-        with tokenizer.autocast(device):
+        with autocast(device):
             loss = next_token_loss(model, tokens, y)
-        optimizer.zero_grad()
-        loss.backward()
-        tokenizer.clip_gradients(model, step, path)
-        optimizer.step()
-        if tokenizer.finish_step(checkpoint, loss, began, bar, args):
+        norm = update(model, optimizer, loss, step, args)
+        if record(checkpoint, loss, norm, began, bar, args):
             nats = mean_loss(model, test_set.x[:1000], test_set.y[:1000])
             scores = {"loss": nats, "bits": nats / math.log(2)}
-            tokenizer.save_checkpoint(path, model, optimizer, checkpoint, args, scores)
+            save_checkpoint(path, model, optimizer, checkpoint, args, scores)
 
     title = f"{path.name}: predicting the next of {V} {args.labels} labels"
     plot_curves(path.with_suffix(".png"), title, checkpoint["history"], math.log(V))
@@ -393,8 +413,8 @@ def main(argv=None):
 
 def load_ar(out, name, device, **ids):
     """(ARModel in eval mode on device, the artifact) of coarse.pt or baseline.pt; ids
-    as for tokenizer.load."""
-    artifact = tokenizer.load(out, name, **ids)
+    as for load."""
+    artifact = load(out, name, **ids)
     model = ARModel(ARConfig(**artifact["config"]))
     model.load_state_dict(artifact["model"])
     return model.eval().to(device), artifact
@@ -402,18 +422,17 @@ def load_ar(out, name, device, **ids):
 
 def plot_curves(path, title, history, guess):
     """Training and test loss in nats over steps, and the loss of a uniform guess."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    ax = figure.subplots()
     losses, rows = history["loss"], history["test"]
-    steps = range(1, len(losses) + 1)
-    ax.plot(steps, losses, color="tab:blue", alpha=0.4, label="training batches")
-    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    ax.plot(steps, losses, color="tab:orange", marker=".", label="test images")
-    ax.axhline(guess, color="grey", ls=":", label=f"uniform guess: {guess:.2f}")
-    ax.set(title=title, xlabel="step", ylabel="cross-entropy, nats per token")
-    ax.legend()
-    figure.savefig(path)
+    with picture(path, 7, 4) as figure:
+        ax = figure.subplots()
+        steps = range(1, len(losses) + 1)
+        ax.plot(steps, losses, color="tab:blue", alpha=0.4, label="training batches")
+        steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+        ax.plot(steps, losses, color="tab:orange", marker=".", label="test images")
+        ax.axhline(guess, color="grey", ls=":", label=f"uniform guess: {guess:.2f}")
+        ax.set(title=title, xlabel="step", ylabel="cross-entropy, nats per token")
+        ax.legend()
 
 
 if __name__ == "__main__":
-    tokenizer.run(main)
+    run(main, trains=True)

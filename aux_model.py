@@ -31,16 +31,15 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import ar_model
-import tokenizer
-from ar_model import Block, draw, drop_classes, filter_logits, guide, rotary_table
+# isort: off
+from tokenizer import adamw, autocast, earlier_run, record, save_checkpoint, start
+from tokenizer import update, load
+from tokenizer import add_training_flags, command_line, pick_device, run
+from cluster import invert
+from ar_model import Block, drop_classes, init_weights, rotary_table, with_null
+from ar_model import parse_with_model, plot_curves
 
 # ---------------------------------------------------------------------------- The model
-
-# The logit of the padding, -1, in AuxModel.members. Its probability is exactly 0, as
-# with -inf. But guidance subtracts logits, and -inf - -inf is nan.
-MASKED = -1e30
-
 
 @dataclass
 class AuxConfig:
@@ -53,14 +52,17 @@ class AuxConfig:
     heads: int = 4
 
 
+# The logit of an entry of members that is only padding (the code -1). Its probability
+# is exactly 0, as with -inf. But guidance subtracts logits, and -inf - -inf is nan.
+MASKED = -1e30
+
+
 class AuxModel(nn.Module):
     """The Transformer of stage 1 without the causal mask. Coarse labels in; for each
     token, the logits of the codes of its cluster out.
 
-    code_to_cluster int64 (K,) is the map g. Its inverse is the table members (M, S):
-    row m lists the codes of cluster m in ascending order. It is padded with -1 to S
-    entries, the size of the largest cluster. For K = 5 and g = [0, 1, 1, 0, 1] it is
-    [[0, 3, -1], [1, 2, 4]].
+    code_to_cluster int64 (K,) is the map g; members (M, S) lists the codes of each
+    cluster, and place (K,) where each code stands in its row (cluster.invert).
     """
 
     def __init__(self, config, code_to_cluster):
@@ -76,10 +78,10 @@ class AuxModel(nn.Module):
         self.head = nn.Linear(dim, config.codebook_size, bias=False)
         rotary = rotary_table(config.grid, dim // config.heads)
         self.register_buffer("rotary", rotary, persistent=False)
-        ar_model.init_weights(self)
-        rows = [(code_to_cluster == m).nonzero()[:, 0] for m in range(config.clusters)]
-        members = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+        init_weights(self)
+        members, place = map(torch.from_numpy, invert(code_to_cluster.numpy()))
         self.register_buffer("members", members, persistent=False)
+        self.register_buffer("place", place, persistent=False)
         self.register_buffer("code_to_cluster", code_to_cluster, persistent=False)
 
     def forward(self, coarse, y):
@@ -93,7 +95,8 @@ class AuxModel(nn.Module):
         for block in self.blocks:
             x = block(x, self.rotary)  # (B, T + 1, dim)
         x = self.norm(x[:, 1:])  # (B, T, dim): without the class token
-        # Both compute the same. To follow the plain cluster_logits: on_cpu = False.
+        # Both compute the same. On a CPU only the second one is called: to step through
+        # the plain cluster_logits, set on_cpu = False here.
         on_cpu = x.device.type == "cpu"
         compute = self.cluster_logits_on_cpu if on_cpu else self.cluster_logits
         logits = compute(x.flatten(0, 1), coarse.flatten())  # (B*T, S)
@@ -133,33 +136,24 @@ def fine_loss(model, fine, y):
     tensor with a gradient; and the top-1 accuracy, a 0-d tensor."""
     coarse = model.code_to_cluster[fine]  # (B, T)
     logits = model(coarse, y)  # (B, T, S)
-    # The right answer as an index into the logits: where fine stands in its cluster.
-    is_right = model.members[coarse] == fine[..., None]  # (B, T, S)
-    answer = is_right.int().argmax(dim=-1)  # (B, T)
+    answer = model.place[fine]  # (B, T): the index of the right code in logits
     loss = F.cross_entropy(logits.flatten(0, 1), answer.flatten())
     return loss, (logits.argmax(dim=-1) == answer).float().mean()
 
 
 @torch.no_grad()
-def predict_fine(model, coarse, y, generator, cfg_scale=1.0, temperature=1.0, top_k=0):
+def predict_fine(model, coarse, y, generator, sampling):
     """All fine labels in one pass: coarse (B, T), classes y (B,) -> fine int64 (B, T).
 
-    Each is a code of its token's cluster. The order: guide (cfg_scale 1 is off), divide
-    by the temperature, top-k, sample. top_k 1 is the argmax, 0 is off. All randomness
-    comes from generator.
+    Each is a code of its token's cluster. All randomness comes from generator.
+    sampling: a Sampling.
     """
-    if cfg_scale == 1:
+    if sampling.cfg_scale == 1:
         logits = model(coarse, y)  # (B, T, S)
     else:
-        null = torch.full_like(y, model.config.num_classes)
-        both = model(coarse.repeat(2, 1), torch.cat([y, null]))  # (2B, T, S)
-        cond, uncond = both.chunk(2)
-        logits = guide(cond, uncond, cfg_scale)  # MASKED stays MASKED
-    if top_k == 1:
-        index = logits.argmax(dim=-1)  # (B, T)
-    else:
-        index = draw(filter_logits(logits / temperature, top_k), generator)  # (B, T)
-    return model.members[coarse].gather(-1, index[..., None])[..., 0]
+        logits = model(coarse.repeat(2, 1), with_null(y, model))  # (2B, T, S)
+    index = sampling.draw(logits, generator)  # (B, T)
+    return model.members[coarse, index]
 
 
 # ----------------------------------------------------------------------------- Training
@@ -170,7 +164,7 @@ def mean_fine_loss(model, fine, y):
     """fine_loss over all of fine (N, T) and y (N,): [nats, top-1 accuracy]."""
     total = torch.zeros(2)
     for part, part_y in zip(fine.split(64), y.split(64)):
-        with tokenizer.autocast(part.device):
+        with autocast(part.device):
             loss, right = fine_loss(model, part, part_y)
         total += len(part) * torch.tensor([float(loss), float(right)])
     return (total / len(fine)).tolist()
@@ -195,17 +189,18 @@ def guessing(code_to_cluster, fine, test_fine):
 
 
 def main(argv=None):
-    parser = tokenizer.command_line(__doc__)
-    tokenizer.add_training_flags(parser, steps=1000, batch_size=32, lr=3e-3)
-    args = ar_model.parse_args(parser, AuxConfig, argv)
-    device = tokenizer.pick_device(args.device)
+    parser = command_line(__doc__)
+    add_training_flags(parser, steps=1000, batch_size=32, lr=3e-3)
+    args = parse_with_model(parser, AuxConfig, argv)
+    device = pick_device(args.device)
     path = args.out / "fine.pt"
+    earlier = earlier_run(path, args)
 
-    train_set, test_set, artifact = tokenizer.load_examples(args.out, "tokens.pt")
-    train_set, test_set = train_set.to(device), test_set.to(device)
-    codebook_id = artifact["codebook_id"]
-    clusters = tokenizer.load(args.out, "clusters.pt", codebook_id=codebook_id)
-    ids = {"codebook_id": codebook_id, "cluster_id": clusters["cluster_id"]}
+    artifact = load(args.out, "tokens.pt")
+    train_set, test_set = artifact["train"].to(device), artifact["test"].to(device)
+    ids = {"codebook_id": artifact["codebook_id"]}
+    clusters = load(args.out, "clusters.pt", **ids)
+    ids["cluster_id"] = clusters["cluster_id"]
     g = clusters["code_to_cluster"]  # (K,)
     M, K = len(clusters["centroids"]), len(g)
 
@@ -213,8 +208,8 @@ def main(argv=None):
     num_classes, grid = len(artifact["class_names"]), list(artifact["grid"])
     config = AuxConfig(M, K, num_classes, grid, args.layers, args.dim, args.heads)
     model = AuxModel(config, g).to(device)
-    optimizer = ar_model.adamw(model)
-    checkpoint = tokenizer.start_or_resume(path, model, optimizer, args, ids)
+    optimizer = adamw(model)
+    checkpoint = start(earlier, model, optimizer, args, **ids)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, {M} coarse to {K} fine labels, on {device}")
     guess, right = guessing(model.code_to_cluster, train_set.x, test_set.x)
@@ -228,36 +223,31 @@ def main(argv=None):
     bar = tqdm(range(first, args.steps), "fine", args.steps, initial=first)
     for step in bar:
         began = time.perf_counter()
-        # Seeded by the step, so that --resume continues with the same batches.
-        rng = np.random.default_rng((args.seed, step))
-        tokenizer.set_learning_rate(optimizer, step, args)
+        rng = np.random.default_rng((args.seed, step))  # see tokenizer.py
         fine, y = train_set.batch(rng, args.batch_size)
         y = drop_classes(y, num_classes, rng)
-        with tokenizer.autocast(device):
+        with autocast(device):
             loss, _ = fine_loss(model, fine, y)
-        optimizer.zero_grad()
-        loss.backward()
-        tokenizer.clip_gradients(model, step, path)
-        optimizer.step()
-        if tokenizer.finish_step(checkpoint, loss, began, bar, args):
+        norm = update(model, optimizer, loss, step, args)
+        if record(checkpoint, loss, norm, began, bar, args):
             nats, right = mean_fine_loss(model, test_set.x[:1000], test_set.y[:1000])
             scores = {"loss": nats, "bits": nats / math.log(2), "right": right}
-            tokenizer.save_checkpoint(path, model, optimizer, checkpoint, args, scores)
+            save_checkpoint(path, model, optimizer, checkpoint, args, scores)
 
     title = f"fine.pt: predicting the code within its cluster (K = {K}, M = {M})"
-    ar_model.plot_curves(args.out / "fine.png", title, checkpoint["history"], guess)
+    plot_curves(args.out / "fine.png", title, checkpoint["history"], guess)
     print(f"wrote fine.pt and fine.png to {args.out}")
     print(f"{checkpoint['seconds']:.0f} s of training")
 
 
 def load_aux(out, code_to_cluster, device, **ids):
     """(AuxModel in eval mode on device, the artifact) of fine.pt; ids as for
-    tokenizer.load."""
-    artifact = tokenizer.load(out, "fine.pt", **ids)
+    load."""
+    artifact = load(out, "fine.pt", **ids)
     model = AuxModel(AuxConfig(**artifact["config"]), code_to_cluster)
     model.load_state_dict(artifact["model"])
     return model.eval().to(device), artifact
 
 
 if __name__ == "__main__":
-    tokenizer.run(main)
+    run(main, trains=True)

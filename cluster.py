@@ -8,6 +8,10 @@ token carries most of the information, and can be predicted first.
     python cluster.py                                      # k-means, M = 128
     python cluster.py --out out/random --method random     # the paper's control
 
+k-means uses Euclidean distances. For unit vectors |a - b|^2 = 2 - 2 a.b: near means a
+large dot product, by which the tokenizer chooses codes. (A centroid, the mean of its
+codes, lies inside the sphere; its direction is the mean direction.)
+
 Reads images.pt, tokenizer.pt and tokens.pt; writes clusters.pt (code_to_cluster is g)
 and clusters.png (figure 1b). It takes seconds.
 
@@ -20,10 +24,10 @@ of the whole image. In the example image of tokenizer.py, token 27 has the fine 
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
-import tokenizer
-from tokenizer import Examples, fail, load_examples, reconstruct
+# isort: off
+from tokenizer import load, load_tokenizer, picture, reconstruct, save, short_hash
+from tokenizer import command_line, fail, number, pick_device, run
 
 # ------------------------------------------------------------------------------ k-means
 
@@ -80,11 +84,9 @@ def kmeans_plus_plus(x, k, rng):
     distance = np.full(len(x), np.inf)  # (n,) squared, to the nearest chosen row
     for _ in range(k - 1):
         distance = np.minimum(distance, ((x - x[chosen[-1]]) ** 2).sum(axis=1))
-        # Lay intervals of length distance[i] end to end, and choose the row whose
-        # interval contains a random point. (rng.choice does the same, more slowly.)
-        ends = distance.cumsum()
-        row = np.searchsorted(ends, rng.random() * ends[-1], side="right")
-        chosen.append(min(row, len(x) - 1))  # all distances 0: the last row
+        total = distance.sum()
+        p = distance / total if total > 0 else None  # None: uniform
+        chosen.append(rng.choice(len(x), p=p))
     return x[chosen]
 
 
@@ -104,26 +106,28 @@ def cluster_means(x, assignment, sizes):
     return np.stack(sums, axis=1) / sizes[:, None]
 
 
-# ----------------------------------------------------------- The map g, and its inverse
+# ----------------------------------------------------------------- The inverse of map g
 
 
-def to_coarse(examples, code_to_cluster):
-    """Examples of fine labels int64 (N, T) -> Examples of coarse labels int64 (N, T).
+def invert(code_to_cluster):
+    """Which codes a cluster has. code_to_cluster, the map g: an array (K,) with values
+    0 .. M - 1.
 
-    code_to_cluster: the map g, a tensor int64 (K,). The classes stay the same.
+    Returns
+    - members int64 (M, S): row m lists the fine labels in cluster m in ascending order.
+      It is padded with -1 to S entries, the size of the largest cluster.
+    - place int64 (K,): where each code stands in its row, so that
+      members[code_to_cluster[q], place[q]] = q.
+    For g = [0, 1, 1, 0, 1] they are [[0, 3, -1], [1, 2, 4]] and [0, 0, 1, 1, 2].
     """
-    return Examples(code_to_cluster[examples.x], examples.y)
-
-
-def labels_by_cluster(code_to_cluster):
-    """The fine labels of each cluster, the inverse of g. code_to_cluster is an array
-    (K,) with values 0 .. M - 1.
-
-    Returns by_cluster int64 (K,): the fine labels in cluster 0 in ascending order, then
-    those in cluster 1, and so on; and sizes int64 (M,): the number of codes per
-    cluster.
-    """
-    return code_to_cluster.argsort(kind="stable"), np.bincount(code_to_cluster)
+    sizes = np.bincount(code_to_cluster)  # (M,)
+    members = np.full((len(sizes), sizes.max()), -1)
+    place = np.empty_like(code_to_cluster)
+    for m, size in enumerate(sizes):
+        codes = np.flatnonzero(code_to_cluster == m)
+        members[m, :size] = codes
+        place[codes] = np.arange(size)
+    return members, place
 
 
 # ---------------------- Figure 1b: how much of an image do its coarse labels determine?
@@ -137,11 +141,10 @@ def swap_within_clusters(fine, code_to_cluster, rng):
     Every token is sampled independently and uniformly from all codes of its cluster.
     These include its own code and codes that do not occur in fine.
     """
-    by_cluster, sizes = labels_by_cluster(code_to_cluster)
-    starts = sizes.cumsum() - sizes  # (M,): where each cluster starts in by_cluster
+    members, _ = invert(code_to_cluster)  # (M, S)
     coarse = code_to_cluster[fine]
-    place = rng.integers(sizes[coarse])  # in the cluster: 0 .. size - 1
-    return by_cluster[starts[coarse] + place]
+    size = np.bincount(code_to_cluster)[coarse]  # of the cluster of each token
+    return members[coarse, rng.integers(size)]
 
 
 def swapped_images(model, fine, code_to_cluster, rng):
@@ -160,27 +163,28 @@ def random_clusters(code_to_cluster, rng):
 
 
 def main(argv=None):
-    parser = tokenizer.command_line(__doc__)
+    parser = command_line(__doc__)
     add = parser.add_argument
-    add("--clusters", type=int, default=128, help="M")
+    add("--clusters", type=number(int, 1), default=128, help="M")
     add("--method", choices=["kmeans", "random"], default="kmeans", help="the map g")
-    add("--restarts", type=int, default=3, help="runs of k-means; the best is kept")
+    what = "runs of k-means; the best is kept"
+    add("--restarts", type=number(int, 1), default=3, help=what)
     args = parser.parse_args(argv)
-    device = tokenizer.pick_device(args.device)
-    model, artifact = tokenizer.load_tokenizer(args.out, device)
-    codebook_id, images_id = artifact["codebook_id"], artifact["images_id"]
-    _, tokens, _ = load_examples(args.out, "tokens.pt", codebook_id=codebook_id)
-    _, images, _ = load_examples(args.out, "images.pt", images_id=images_id)
+    device = pick_device(args.device)
+    model, artifact = load_tokenizer(args.out, device)
+    ids = {"codebook_id": artifact["codebook_id"]}
+    tokens = load(args.out, "tokens.pt", **ids)
+    images = load(args.out, "images.pt", images_id=artifact["images_id"])
     codebook = model.codebook.cpu().numpy()  # (K, d)
     K, M = len(codebook), args.clusters
     if M > K:
         fail(f"--clusters {M} is more than the {K} codes of tokenizer.pt")
 
-    seeds = range(args.seed, args.seed + args.restarts)
+    seeds = [(args.seed, restart) for restart in range(args.restarts)]
     runs = [kmeans(codebook, M, seed) for seed in seeds]
     last_inertia = lambda run: run[2][-1]
     code_to_cluster, centroids, inertia = min(runs, key=last_inertia)
-    sizes = np.bincount(code_to_cluster, minlength=M)
+    sizes = np.bincount(code_to_cluster)
     print(f"{M} clusters of {sizes.min()} to {sizes.max()} codes")
     steps = f"{len(inertia)} steps, best of {args.restarts} runs"
     print(f"inertia {inertia[0]:.1f} -> {inertia[-1]:.1f} in {steps}")
@@ -188,25 +192,26 @@ def main(argv=None):
     print(f"{share:.1%} of the variance of the codebook is within clusters")
 
     rng = np.random.default_rng(args.seed)
-    # The picture shows both kinds. (--method random saves another random map.)
-    fine, control = tokens.x[:10].to(device), random_clusters(code_to_cluster, rng)
-    rows = {"original": images.x[:10], "reconstruction": reconstruct(model, fine).cpu()}
-    for name, g in (("k-means", code_to_cluster), ("random", control)):
+    maps = {"k-means": code_to_cluster, "random": random_clusters(code_to_cluster, rng)}
+    fine = tokens["test"].x[:10].to(device)
+    rows = {"original": images["test"].x[:10]}
+    rows["reconstruction"] = reconstruct(model, fine).cpu()
+    for name, g in maps.items():
         rows[f"swapped within\n{name} clusters"] = swapped_images(model, fine, g, rng)
     if args.method == "random":
-        code_to_cluster = random_clusters(code_to_cluster, rng)
+        code_to_cluster = maps["random"]
         centroids = cluster_means(codebook, code_to_cluster, sizes)
         inertia = [((codebook - centroids[code_to_cluster]) ** 2).sum()]
         print(f"random clusters of the same sizes: inertia {inertia[0]:.1f}")
     g = torch.from_numpy(code_to_cluster)
-    tokenizer.save(
+    save(
         args.out / "clusters.pt",
         code_to_cluster=g,
         centroids=torch.from_numpy(centroids).float(),
         inertia=[float(value) for value in inertia],
         method=args.method,
-        codebook_id=codebook_id,
-        cluster_id=tokenizer.short_hash(g, model.codebook),
+        cluster_id=short_hash(g, model.codebook),
+        **ids,
     )
     title = f"every token replaced by a random code from its cluster (K = {K}, M = {M})"
     plot_swaps(args.out / "clusters.png", title, rows)
@@ -218,16 +223,15 @@ def main(argv=None):
 
 def plot_swaps(path, title, rows):
     """clusters.png: a row of images for each of rows, {name: images (n, H, W, 3)}."""
-    figure = Figure(figsize=(12, 5))
-    figure.suptitle(title)
-    grid = figure.subplots(len(rows), len(rows["original"]), squeeze=False)
-    for axes, (name, row) in zip(grid, rows.items()):
-        axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
-        for ax, image in zip(axes, row.numpy()):
-            ax.imshow(image)
-            ax.set(xticks=[], yticks=[], frame_on=False)
-    figure.savefig(path)
+    with picture(path, 12, 5) as figure:
+        figure.suptitle(title)
+        grid = figure.subplots(len(rows), len(rows["original"]), squeeze=False)
+        for axes, (name, row) in zip(grid, rows.items()):
+            axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
+            for ax, image in zip(axes, row.numpy()):
+                ax.imshow(image)
+                ax.set(xticks=[], yticks=[], frame_on=False)
 
 
 if __name__ == "__main__":
-    tokenizer.run(main)
+    run(main)

@@ -19,22 +19,24 @@ distance compares them with those of the 5,000 test images.
 
 import json
 import math
+import os
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from scipy.special import log_softmax, logsumexp
 from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
-import tokenizer
-from ar_model import mean_loss
-from aux_model import mean_fine_loss, predict_fine
+# isort: off
+from tokenizer import WRITTEN_BY, autocast, learning_rate, load, picture, psnr, save
+from tokenizer import reconstruct, to_float
+from tokenizer import command_line, fail, number, pick_device, run
 from cluster import random_clusters, swapped_images
+from ar_model import Sampling, mean_loss
+from aux_model import mean_fine_loss, predict_fine
 from sample import FILES, load_models, name_of, weights_of
-from tokenizer import fail, psnr, reconstruct, to_float
 
 # ------------------------------ The metrics: pure functions of numpy arrays, in float64
 
@@ -44,7 +46,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     equation 6: the square of a distance).
 
     mu1, mu2 (F,); covariances S1 = sigma1, S2 = sigma2 (F, F), singular or not.
-    Returns a float, never nan or complex.
+    Returns a float, 0 or more, never nan or complex.
     """
     # tr (S1 S2)^1/2 is the sum of the square roots of the eigenvalues of S1 S2. Those
     # of S1^1/2 S2 S1^1/2 are the same. This matrix is symmetric, so they stay real even
@@ -53,7 +55,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T  # S1^1/2
     eigenvalues = np.linalg.eigvalsh(root @ sigma2 @ root).clip(min=0)
     spread = np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(eigenvalues).sum()
-    return float(((mu1 - mu2) ** 2).sum() + spread)
+    return max(0.0, float(((mu1 - mu2) ** 2).sum() + spread))
 
 
 def gaussian(features):
@@ -79,54 +81,38 @@ def inception_score(logits, splits=10):
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def precision_recall(real, fake, k=3, device="cpu"):
-    """Improved precision and recall (Kynkäänniemi et al. 2019).
+def precision_recall(real, fake, k=3):
+    """Improved precision and recall (Kynkäänniemi et al. 2019, equation 2).
 
-    real (N, F) and fake (N', F), float64, at least two rows each. The radius of a
-    member of a set is the distance to its k-th nearest neighbour in the set (the
-    farthest, if there are fewer than k others). A point is covered by the set if it
-    lies within the radius of some member. Precision is the share of fake covered by
-    real, recall the share of real covered by fake. Returns two floats.
+    real (N, F) and fake (N', F), float64 arrays, at least two rows each. Precision is
+    the share of fake covered by real, recall the share of real covered by fake: two
+    floats.
     """
-    precision = covered(fake, real, squared_radius(real, k, device), device)
-    recall = covered(real, fake, squared_radius(fake, k, device), device)
-    return precision, recall
+    real, fake = torch.from_numpy(real), torch.from_numpy(fake)
+    return covered(fake, real, k), covered(real, fake, k)
 
 
-def squared_radius(members, k, device):
-    """The squared distance of each of members (N, F) to its k-th nearest neighbour in
-    members, itself excluded (the farthest, if there are fewer than k others): (N,)."""
+def covered(points, members, k):
+    """The share, a float, of points (N, F) within the radius of at least one of members
+    (N', F), or on its edge. The radius of a member is the distance to its k-th nearest
+    neighbour in members (the farthest, if there are fewer than k others)."""
     # The nearest one is the member itself, at distance 0. So the k-th is at index k.
     nearest = min(k, len(members) - 1) + 1
-    blocks = squared_distances(members, members, device)
-    return torch.cat([b.topk(nearest, largest=False).values[:, -1] for b in blocks])
-
-
-def covered(points, members, squared, device):
-    """The share, a float, of points (N, F) within the radius of at least one of the
-    members (N', F). squared (N',): their squared radii.
-
-    A point on the edge counts as covered. So the squared radii get an allowance for
-    the rounding of squared_distances: 1e-14 * F * (the largest coordinate)^2.
-    """
-    largest = max(np.abs(points).max(), np.abs(members).max())
-    rounding = 1e-14 * points.shape[1] * largest**2
-    blocks = squared_distances(points, members, device)
-    hits = torch.cat([(block <= squared + rounding).any(dim=1) for block in blocks])
+    tables = distances(members, members)
+    radii = [rows.topk(nearest, largest=False).values[:, -1] for rows in tables]
+    radii = torch.cat(radii)  # (N',)
+    tables = distances(points, members)
+    hits = torch.cat([(rows <= radii).any(dim=1) for rows in tables])  # (N,)
     return hits.double().mean().item()
 
 
-def squared_distances(points, members, device):
-    """Yield the squared distances of points (N, F) to all of members (N', F), a chunk
-    of rows at a time, since all may not fit in memory: float64 (n, N') on device."""
-    centre = members.mean(axis=0)  # products are most accurate near the origin
-    points = torch.as_tensor(points - centre, device=device)
-    members = torch.as_tensor(members - centre, device=device)
-    norms = members.square().sum(dim=1)
-    for rows in points.split(max(1, 2**24 // len(members))):
-        # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b: a matrix product is fast.
-        table = rows.square().sum(dim=1, keepdim=True) + norms - 2 * rows @ members.T
-        yield table.clamp(min=0)
+def distances(points, members):
+    """Yield the distances of points (N, F) to all of members (N', F): (1000, N') at a
+    time, since all may not fit in memory."""
+    for rows in points.split(1000):
+        # No matrix product: its rounding moves points over an edge.
+        exact = "donot_use_mm_for_euclid_dist"
+        yield torch.cdist(rows, members, compute_mode=exact)
 
 
 # ----------------------------------------------------- The networks that look at images
@@ -161,19 +147,19 @@ def train_classifier(train_set, num_classes, steps, seed, device, B=128):
     judge that has only seen sharp images would misjudge soft reconstructions.
     """
     torch.manual_seed(seed)
-    model = tokenizer.to_device(Classifier(num_classes), device)
+    model = Classifier(num_classes).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     for step in tqdm(range(steps), "classifier"):
         rng = np.random.default_rng((seed, step))
         images, y = train_set.batch(rng, B).to(device)
         x = to_float(images)
-        blurred, noisy = x[: B // 2], x[B // 4 : 3 * B // 4]  # views of x
-        noise = torch.from_numpy(rng.standard_normal(noisy.shape, np.float32))
-        blurred.copy_(gaussian_blur(blurred, 3, rng.uniform(0.3, 1.0)))
-        noisy += rng.uniform(0, 0.2) * noise.to(device)
+        blurred, noisy = slice(0, B // 2), slice(B // 4, 3 * B // 4)  # of the batch
+        noise = rng.standard_normal(x[noisy].shape, np.float32)
+        x[blurred] = gaussian_blur(x[blurred], 3, rng.uniform(0.3, 1.0))
+        x[noisy] += rng.uniform(0, 0.2) * torch.from_numpy(noise).to(device)
         loss = F.cross_entropy(model(x)[1], y)
         for group in optimizer.param_groups:
-            group["lr"] = tokenizer.learning_rate(step, steps, 3e-3)
+            group["lr"] = learning_rate(step, steps, 3e-3)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -192,19 +178,18 @@ def look(judge, images, device):
 # ----------------------------------------------------------- One set of images measured
 
 
-def measure(images, y, judge, real, device):
+def score(images, y, judge, real, device):
     """All scores of images uint8 (N, H, W, 3) of classes y (N,): {name: float}.
 
     real: the features (N', F) of all test images. The Fréchet distance uses all of
     them. Precision and recall use the first N, so that both sets have the same size.
     """
     features, logits = look(judge, images, device)
-    score, _ = inception_score(logits)
-    where = "cuda" if device.type == "cuda" else "cpu"  # MPS has no float64
-    precision, recall = precision_recall(real[: len(images)], features, device=where)
+    mean_score, _ = inception_score(logits)
+    precision, recall = precision_recall(real[: len(images)], features)
     return {
         "fd": frechet_distance(*gaussian(real), *gaussian(features)),
-        "inception_score": score,
+        "inception_score": mean_score,
         "class_accuracy": class_accuracy(logits, y),
         "precision": precision,
         "recall": recall,
@@ -222,16 +207,15 @@ def bits_per_token(models, fine, y):
 
     The fine labels q determine the coarse labels c, so, all given the class,
     -log p(q) = -log p(c) - sum_i log p(q_i | c).
-    models holds ar, and for CTF aux; fine (N, T), y (N,). mean_loss and mean_fine_loss
-    give nats; bits are nats divided by ln 2. Guidance, temperature and top-k play no
-    role here.
+    fine (N, T), y (N,). mean_loss and mean_fine_loss give nats; bits are nats divided
+    by ln 2. Guidance, temperature and top-k play no role here.
     """
-    if "aux" in models:
-        coarse = models["aux"].code_to_cluster[fine]
-        fine_nats, _ = mean_fine_loss(models["aux"], fine, y)
-        nats = [mean_loss(models["ar"], coarse, y), fine_nats]
+    if models.aux is None:
+        nats = [mean_loss(models.ar, fine, y)]
     else:
-        nats = [mean_loss(models["ar"], fine, y)]
+        coarse = models.aux.code_to_cluster[fine]
+        fine_nats, _ = mean_fine_loss(models.aux, fine, y)
+        nats = [mean_loss(models.ar, coarse, y), fine_nats]
     return [value / math.log(2) for value in nats]
 
 
@@ -240,50 +224,52 @@ def bits_per_token(models, fine, y):
 
 def swaps(vqvae, fine, clusters, seed):
     """Images uint8 (N, H, W, 3) of fine labels (N, T) swapped within clusters (figure
-    1b): {"random": images, "k-means": images}; only "random" if clusters, the
+    1b): {"k-means": images, "random": images}; only "random" if clusters, the
     artifact in clusters.pt, has random ones."""
     rng = np.random.default_rng(seed)
     g = clusters["code_to_cluster"].numpy()
-    maps = {"random": random_clusters(g, rng), "k-means": g}
     if clusters["method"] == "random":
-        maps = {"random": g}
-    return {name: swapped_images(vqvae, fine, g, rng) for name, g in maps.items()}
+        return {"random": swapped_images(vqvae, fine, g, rng)}
+    control = swapped_images(vqvae, fine, random_clusters(g, rng), rng)
+    return {"k-means": swapped_images(vqvae, fine, g, rng), "random": control}
 
 
-def stage2_alone(models, fine, y, seed, fine_settings):
-    """Images uint8 (N, H, W, 3) of real coarse labels with the fine labels of stage 2:
-    what stage 2 costs if stage 1 makes no mistake. fine (N, T), y (N,)."""
-    aux = models["aux"]
+def stage2_alone(models, fine, y, seed, stage2):
+    """Images uint8 (N, H, W, 3) of real coarse labels with the fine labels of stage 2,
+    by the Sampling stage2: what stage 2 costs if stage 1 makes no mistake. fine (N, T),
+    y (N,)."""
     generator = torch.Generator(fine.device).manual_seed(seed)
     predicted = []
     for part, part_y in zip(fine.split(100), y.split(100)):
-        coarse = aux.code_to_cluster[part]
-        with tokenizer.autocast(part.device):
-            some = predict_fine(aux, coarse, part_y, generator, **fine_settings)
+        coarse = models.aux.code_to_cluster[part]
+        with autocast(part.device):
+            some = predict_fine(models.aux, coarse, part_y, generator, stage2)
         predicted.append(some)
-    return reconstruct(models["vqvae"], torch.cat(predicted)).cpu()
+    return reconstruct(models.vqvae, torch.cat(predicted)).cpu()
 
 
 # --------------------------------------------------------------------------- The script
 
 
-def get_judge(path, train_set, num_classes, settings, device):
-    """The Classifier in path; if there is none with these settings, it is trained and
-    saved there."""
-    model = Classifier(num_classes)
-    try:
-        artifact = torch.load(path, map_location="cpu", weights_only=True)
-        if artifact["settings"] == settings:
-            model.load_state_dict(artifact["model"])
-            return tokenizer.to_device(model.eval(), device)
-        print(f"{path} is of other images or flags: training the judge again")
-    except FileNotFoundError:
-        pass
-    except Exception as error:  # noqa: BLE001  a damaged file raises a dozen kinds
-        print(f"{path} is unusable ({type(error).__name__}): training the judge again")
-    steps, seed = settings["steps"], settings["seed"]
-    model = train_classifier(train_set, num_classes, steps, seed, device)
-    tokenizer.save(path, model=model.state_dict(), settings=settings)
+def get_judge(path, images, settings, device):
+    """The Classifier in path, trained and saved there if there is none for these
+    images, the artifact in images.pt. Fails if it was trained with other settings, the
+    steps and the seed: scores of two judges cannot be compared."""
+    model = Classifier(len(images["class_names"]))
+    saved = load(path.parent, path.name) if path.exists() else {}
+    if saved and saved["images_id"] != images["images_id"]:
+        print(f"{path} has seen other images: training the judge again")
+    elif saved:
+        if saved["settings"] != settings:
+            old, new = saved["settings"], settings
+            fail(f"{path} was trained with {old}, not {new}: use its flags or delete it")
+        print(f"the judge is {path}, of an earlier run; without it, a new one is trained")
+        model.load_state_dict(saved["model"])
+        return model.eval().to(device)
+    classes = len(images["class_names"])
+    model = train_classifier(images["train"], classes, **settings, device=device)
+    states = model.state_dict()
+    save(path, model=states, settings=settings, images_id=images["images_id"])
     return model
 
 
@@ -295,10 +281,11 @@ def sample_sets(out, device):
     for name, file in FILES.items():
         if not (out / file).exists():
             continue
-        samples = tokenizer.load(out, file)
+        samples = load(out, file)
         models, artifacts = load_models(out, name, device)
         if samples["weights"] != weights_of(artifacts):
-            fail(f"{out / file} is from other weights: run python sample.py again")
+            script = WRITTEN_BY[file]
+            fail(f"{out / file} is from other weights: run python {script} again")
         sets.append((samples, models, artifacts))
     if not sets:
         fail(f"{out} has no samples: run python sample.py first")
@@ -307,19 +294,20 @@ def sample_sets(out, device):
 
 def describe(samples, models, artifacts):
     """The facts about a sample file in metrics.json, besides its scores."""
-    stages = [name for name in ("ar", "aux") if name in models]
-    parameters = [p.numel() for stage in stages for p in models[stage].parameters()]
+    networks = {"ar": models.ar} if models.aux is None else {"ar": models.ar, "aux": models.aux}
+    paths = [artifacts[name]["path"].resolve() for name in networks]
+    sizes = [p.numel() for model in networks.values() for p in model.parameters()]
     return {
         "name": name_of(samples),
         "model": samples["model"],
-        "weights": [str(artifacts[stage]["path"]) for stage in stages],
-        "steps": [artifacts[stage]["step"] for stage in stages],
-        "train_seconds": sum(artifacts[stage]["seconds"] for stage in stages),
-        "parameters": sum(parameters),
+        "weights": [f"{path.parent.name}/{path.name}" for path in paths],
+        "steps": [artifacts[name]["step"] for name in networks],
+        "train_seconds": sum(artifacts[name]["seconds"] for name in networks),
+        "parameters": sum(sizes),
         "images_per_second": samples["images_per_second"],
         "seed": samples["seed"],
-        "fine_settings": samples["fine_settings"],
-        **samples["settings"],
+        "stage1": samples["stage1"],
+        "stage2": samples["stage2"],
     }
 
 
@@ -335,22 +323,19 @@ def warn_of_shares(name, y, test_y):
 
 
 def main(argv=None):
-    parser = tokenizer.command_line(__doc__)
+    parser = command_line(__doc__)
     what = "training steps of the judge"
-    parser.add_argument("--judge-steps", type=int, default=800, help=what)
+    parser.add_argument("--judge-steps", type=number(int, 1), default=800, help=what)
     args = parser.parse_args(argv)
-    device = tokenizer.pick_device(args.device)
+    device = pick_device(args.device)
     sets = sample_sets(args.out, device)
     _, models, artifacts = sets[0]
-    vqvae, images_id = models["vqvae"], artifacts["vqvae"]["images_id"]
-    ids = {"codebook_id": artifacts["vqvae"]["codebook_id"]}
-    _, tokens, _ = tokenizer.load_examples(args.out, "tokens.pt", **ids)
-    clusters = tokenizer.load(args.out, "clusters.pt", **ids)
-    train_set, test_set, data = tokenizer.load_examples(
-        args.out, "images.pt", images_id=images_id
-    )
-    num_classes = len(data["class_names"])
-    if num_classes < 2:
+    vqvae, ids = models.vqvae, {"codebook_id": artifacts["vqvae"]["codebook_id"]}
+    tokens = load(args.out, "tokens.pt", **ids)
+    clusters = load(args.out, "clusters.pt", **ids)
+    images = load(args.out, "images.pt", images_id=artifacts["vqvae"]["images_id"])
+    train_set, test_set, classes = images["train"], images["test"], images["class_names"]
+    if len(classes) < 2:
         fail("the data have a single class: the judge would have nothing to learn")
     # The Fréchet distance depends on N: so every row has the same N.
     sizes = {"training images": len(train_set.x), "test images": len(test_set.x)}
@@ -360,51 +345,58 @@ def main(argv=None):
     if N < 2:
         fail(f"there is only one of {smallest}: a covariance needs two or more images")
 
-    settings = {"images_id": images_id, "steps": args.judge_steps, "seed": args.seed}
-    path = data["path"].with_name("classifier.pt")
-    judge = get_judge(path, train_set, num_classes, settings, device)
+    settings = {"steps": args.judge_steps, "seed": args.seed}
+    path = images["path"].with_name("classifier.pt")
+    judge = get_judge(path, images, settings, device)
     real, logits = look(judge, test_set.x, device)
     if N < real.shape[1]:
         print(f"warning: {N} images ({smallest}) are fewer than {real.shape[1]}")
         print("features: the covariance is singular, and the distance far too high")
 
-    def row(name, images, y):
-        """The name and the scores of the first N images of a set."""
-        return {"name": name} | measure(images[:N], y[:N], judge, real, device)
-
-    fine, y = tokens.to(device)
+    fine, y = tokens["test"].to(device)
     reconstructions = reconstruct(vqvae, fine).cpu()
-    rows = [row("real training images", *train_set)]
-    # All further controls are made from the test images that they are compared with.
-    rows += [row("reconstructions", reconstructions, test_set.y)]
-    swapped = swaps(vqvae, fine[:N], clusters, args.seed)
-    for name in sorted(swapped):  # k-means first
-        rows += [row(f"swapped within {name} clusters", swapped[name], test_set.y)]
+    # {name: (images, classes, further facts)}. The controls are made from the test
+    # images that they are compared with.
+    rows = {"real training images": (*train_set, {})}
+    rows["reconstructions"] = (reconstructions, test_set.y, {})
+    for name, swapped in swaps(vqvae, fine[:N], clusters, args.seed).items():
+        rows[f"swapped within {name} clusters"] = (swapped, test_set.y, {})
     for samples, models, artifacts in sets:
-        if "aux" in models:
-            how = samples["fine_settings"]
-            alone = stage2_alone(models, fine[:N], y[:N], args.seed, how)
-            rows += [row("stage 2 alone (real coarse labels)", alone, test_set.y)]
+        if models.aux is not None:
+            stage2 = Sampling(**samples["stage2"])
+            alone = stage2_alone(models, fine[:N], y[:N], args.seed, stage2)
+            rows["stage 2 alone (real coarse labels)"] = (alone, test_set.y, {})
         facts = describe(samples, models, artifacts)
         bits = bits_per_token(models, fine, y)
         facts |= {"bits_per_token": sum(bits), "bits_per_stage": bits}
         warn_of_shares(facts["name"], samples["classes"], test_set.y)
-        rows += [row(facts["name"], samples["images"], samples["classes"]) | facts]
+        rows[facts["name"]] = (samples["images"], samples["classes"], facts)
+    rows = [
+        {"name": name} | score(x[:N], y[:N], judge, real, device) | facts
+        for name, (x, y, facts) in rows.items()
+    ]
     protocol = {
-        "data": data["data"],
+        "data": images["data"],
         "num_samples": N,
         "num_real": len(test_set.x),
         "judge_accuracy": class_accuracy(logits, test_set.y),
         "psnr": psnr(test_set.x, reconstructions),
         "device": str(device),
         "clusters": clusters["method"],
+        "images_id": images["images_id"],
         **settings,
     }
-    text = json.dumps({"protocol": protocol, "rows": rows}, indent=1)
-    (args.out / "metrics.json").write_text(text + "\n", "utf-8")
     print(f"\n{markdown_table(rows)}\n\n{caption(protocol)}.")
-    print(f"The judge is right on {protocol['judge_accuracy']:.2%} of the test images.")
+    accuracy = protocol["judge_accuracy"]
+    print(f"The judge is right on {accuracy:.2%} of the test images.")
+    if accuracy < 2 / len(classes):
+        print("warning: it is hardly better than chance, and its scores mean nothing")
     print(f"Reconstructions of all test images: {protocol['psnr']:.2f} dB.")
+    path = args.out / "metrics.json"
+    temporary = path.with_suffix(".tmp")  # a full disk keeps the old file
+    text = json.dumps({"protocol": protocol, "rows": rows}, indent=1)
+    temporary.write_text(text + "\n", "utf-8")
+    os.replace(temporary, path)
     plot_metrics(args.out / "metrics.png", rows, caption(protocol))
     print(f"wrote metrics.json and metrics.png to {args.out}")
 
@@ -449,25 +441,24 @@ def color_of(name):
 
 def plot_metrics(path, rows, title):
     """metrics.png: the distance and the class accuracy of each set of images."""
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    figure.suptitle(title)
-    distance, accuracy = figure.subplots(1, 2)
     names = [row["name"] for row in rows]
     colors = [color_of(name) for name in names]
-    bars = distance.barh(names, [row["fd"] for row in rows], color=colors, log=True)
-    distance.bar_label(bars, fmt="{:.2f}", padding=3)
-    distance.xaxis.set_major_formatter("{x:g}")
-    distance.set_xlabel("Fréchet distance (log scale): lower is better")
-    percent = [100 * row["class_accuracy"] for row in rows]
-    bars = accuracy.barh(names, percent, color=colors)
-    accuracy.bar_label(bars, fmt="{:.1f}", padding=3)
-    accuracy.set_xlabel("class accuracy, %: higher is better")
-    accuracy.set(yticklabels=[], xlim=(0, 119), xticks=range(0, 101, 20))
-    for ax in (distance, accuracy):
-        ax.invert_yaxis()
-        ax.margins(x=0.2)
-    figure.savefig(path)
+    with picture(path, 12, 4.2) as figure:
+        figure.suptitle(title)
+        distance, accuracy = figure.subplots(1, 2)
+        bars = distance.barh(names, [row["fd"] for row in rows], color=colors, log=True)
+        distance.bar_label(bars, fmt="{:.2f}", padding=3)
+        distance.xaxis.set_major_formatter("{x:g}")
+        distance.set_xlabel("Fréchet distance (log scale): lower is better")
+        percent = [100 * row["class_accuracy"] for row in rows]
+        bars = accuracy.barh(names, percent, color=colors)
+        accuracy.bar_label(bars, fmt="{:.1f}", padding=3)
+        accuracy.set_xlabel("class accuracy, %: higher is better")
+        accuracy.set(yticklabels=[], xlim=(0, 119), xticks=range(0, 101, 20))
+        for ax in (distance, accuracy):
+            ax.invert_yaxis()
+            ax.margins(x=0.2)
 
 
 if __name__ == "__main__":
-    tokenizer.run(main)
+    run(main)
