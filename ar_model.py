@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 # isort: off
 from tokenizer import adamw, autocast, earlier_run, record, save_checkpoint, start
-from tokenizer import update, Examples, load, picture
+from tokenizer import update, Examples, load, picture, restore
 from tokenizer import add_training_flags, command_line, number, pick_device, run
 
 # ---------------------------------------------------------------------------- The model
@@ -165,23 +165,42 @@ class Block(nn.Module):
         return x + self.down(F.silu(gate) * up)
 
 
-class ARModel(nn.Module):
-    """p(token t | class, tokens before t) for all t of a sequence at once."""
+class Transformer(nn.Module):
+    """The networks of stage 1 and stage 2: embeddings, layers and head. inputs and
+    outputs are the sizes of the vocabularies of its inputs and of its predictions."""
 
-    def __init__(self, config):
+    def __init__(self, config, inputs, outputs, causal):
         super().__init__()
         self.config = config
         dim = config.dim
         # One more, with index num_classes: the null class, "no class" (see guide).
         self.class_embedding = nn.Embedding(config.num_classes + 1, dim)
-        self.token_embedding = nn.Embedding(config.vocabulary, dim)
-        blocks = [Block(dim, config.heads, causal=True) for _ in range(config.layers)]
+        self.token_embedding = nn.Embedding(inputs, dim)
+        blocks = [Block(dim, config.heads, causal) for _ in range(config.layers)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(dim, eps=1e-5)
-        self.head = nn.Linear(dim, config.vocabulary, bias=False)
+        self.head = nn.Linear(dim, outputs, bias=False)
         rotary = rotary_table(config.grid, dim // config.heads)
         self.register_buffer("rotary", rotary, persistent=False)
-        init_weights(self)
+        # Normal with standard deviation 0.02, and zeros in the head: the first loss is
+        # exactly that of a uniform guess.
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.head.weight)
+
+    def embed(self, tokens, y):
+        """Tokens (B, n) and classes y (B,) -> (B, 1 + n, dim): the class token comes
+        first."""
+        class_token = self.class_embedding(y)[:, None]  # (B, 1, dim)
+        return torch.cat([class_token, self.token_embedding(tokens)], dim=1)
+
+
+class ARModel(Transformer):
+    """p(token t | class, tokens before t) for all t of a sequence at once."""
+
+    def __init__(self, config):
+        super().__init__(config, config.vocabulary, config.vocabulary, causal=True)
 
     def forward(self, tokens, y):
         """The first n < T tokens (B, n) and the classes y (B,), int64 -> float32 logits
@@ -190,9 +209,7 @@ class ARModel(nn.Module):
         logits[:, t] predict token t from the class and tokens[:, :t]. The class token
         comes first, so n tokens give n + 1 predictions.
         """
-        class_token = self.class_embedding(y)[:, None]  # (B, 1, dim)
-        x = torch.cat([class_token, self.token_embedding(tokens)], dim=1)
-        return self.transformer(x)
+        return self.transformer(self.embed(tokens, y))
 
     def transformer(self, x, begin=0, caches=None):
         """Embeddings (B, n, dim) of n positions, starting at begin -> logits (B, n, V).
@@ -203,15 +220,6 @@ class ARModel(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, rotary, None if caches is None else caches[i])
         return self.head(self.norm(x)).float()
-
-
-def init_weights(model):
-    """Normal with standard deviation 0.02, and zeros in the head: the first loss is
-    exactly that of a uniform guess."""
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-    nn.init.zeros_(model.head.weight)
 
 
 def next_token_loss(model, tokens, y):
@@ -415,9 +423,7 @@ def load_ar(out, name, device, **ids):
     """(ARModel in eval mode on device, the artifact) of coarse.pt or baseline.pt; ids
     as for load."""
     artifact = load(out, name, **ids)
-    model = ARModel(ARConfig(**artifact["config"]))
-    model.load_state_dict(artifact["model"])
-    return model.eval().to(device), artifact
+    return restore(ARModel(ARConfig(**artifact["config"])), artifact, device), artifact
 
 
 def plot_curves(path, title, history, guess):

@@ -28,18 +28,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 # isort: off
 from tokenizer import adamw, autocast, earlier_run, record, save_checkpoint, start
-from tokenizer import update, load
+from tokenizer import update, load, restore
 from tokenizer import add_training_flags, command_line, pick_device, run
 from cluster import invert
-from ar_model import Block, drop_classes, init_weights, rotary_table, with_null
+from ar_model import Transformer, drop_classes, with_null
 from ar_model import parse_with_model, plot_curves
 
 # ---------------------------------------------------------------------------- The model
+
 
 @dataclass
 class AuxConfig:
@@ -57,28 +57,16 @@ class AuxConfig:
 MASKED = -1e30
 
 
-class AuxModel(nn.Module):
-    """The Transformer of stage 1 without the causal mask. Coarse labels in; for each
-    token, the logits of the codes of its cluster out.
+class AuxModel(Transformer):
+    """The Transformer without the causal mask. Coarse labels in; for each token, the
+    logits of the codes of its cluster out.
 
     code_to_cluster int64 (K,) is the map g; members (M, S) lists the codes of each
     cluster, and place (K,) where each code stands in its row (cluster.invert).
     """
 
     def __init__(self, config, code_to_cluster):
-        super().__init__()
-        self.config = config
-        dim = config.dim
-        # One more, with index num_classes: the null class, "no class" (see guide).
-        self.class_embedding = nn.Embedding(config.num_classes + 1, dim)
-        self.token_embedding = nn.Embedding(config.clusters, dim)
-        blocks = [Block(dim, config.heads, causal=False) for _ in range(config.layers)]
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.RMSNorm(dim, eps=1e-5)
-        self.head = nn.Linear(dim, config.codebook_size, bias=False)
-        rotary = rotary_table(config.grid, dim // config.heads)
-        self.register_buffer("rotary", rotary, persistent=False)
-        init_weights(self)
+        super().__init__(config, config.clusters, config.codebook_size, causal=False)
         members, place = map(torch.from_numpy, invert(code_to_cluster.numpy()))
         self.register_buffer("members", members, persistent=False)
         self.register_buffer("place", place, persistent=False)
@@ -90,8 +78,7 @@ class AuxModel(nn.Module):
         Entry [b, i, s] is the logit of the fine label members[coarse[b, i], s]; MASKED
         where that is -1.
         """
-        class_token = self.class_embedding(y)[:, None]  # (B, 1, dim)
-        x = torch.cat([class_token, self.token_embedding(coarse)], dim=1)
+        x = self.embed(coarse, y)  # (B, 1 + T, dim)
         for block in self.blocks:
             x = block(x, self.rotary)  # (B, T + 1, dim)
         x = self.norm(x[:, 1:])  # (B, T, dim): without the class token
@@ -245,8 +232,7 @@ def load_aux(out, code_to_cluster, device, **ids):
     load."""
     artifact = load(out, "fine.pt", **ids)
     model = AuxModel(AuxConfig(**artifact["config"]), code_to_cluster)
-    model.load_state_dict(artifact["model"])
-    return model.eval().to(device), artifact
+    return restore(model, artifact, device), artifact
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 # isort: off
 from tokenizer import WRITTEN_BY, autocast, learning_rate, load, picture, psnr, save
-from tokenizer import reconstruct, to_float
+from tokenizer import reconstruct, restore, to_float
 from tokenizer import command_line, fail, number, pick_device, run
 from cluster import random_clusters, swapped_images
 from ar_model import Sampling, mean_loss
@@ -86,7 +86,7 @@ def precision_recall(real, fake, k=3):
 
     real (N, F) and fake (N', F), float64 arrays, at least two rows each. Precision is
     the share of fake covered by real, recall the share of real covered by fake: two
-    floats.
+    floats. The tables of distances take 8 N N' bytes.
     """
     real, fake = torch.from_numpy(real), torch.from_numpy(fake)
     return covered(fake, real, k), covered(real, fake, k)
@@ -96,23 +96,16 @@ def covered(points, members, k):
     """The share, a float, of points (N, F) within the radius of at least one of members
     (N', F), or on its edge. The radius of a member is the distance to its k-th nearest
     neighbour in members (the farthest, if there are fewer than k others)."""
-    # The nearest one is the member itself, at distance 0. So the k-th is at index k.
-    nearest = min(k, len(members) - 1) + 1
-    tables = distances(members, members)
-    radii = [rows.topk(nearest, largest=False).values[:, -1] for rows in tables]
-    radii = torch.cat(radii)  # (N',)
-    tables = distances(points, members)
-    hits = torch.cat([(rows <= radii).any(dim=1) for rows in tables])  # (N,)
+    nearest = distances(members, members).topk(min(k + 1, len(members)), largest=False)
+    radius = nearest.values[:, -1]  # (N',). The first of k + 1 is the member itself.
+    hits = (distances(points, members) <= radius).any(dim=1)  # (N,)
     return hits.double().mean().item()
 
 
 def distances(points, members):
-    """Yield the distances of points (N, F) to all of members (N', F): (1000, N') at a
-    time, since all may not fit in memory."""
-    for rows in points.split(1000):
-        # No matrix product: its rounding moves points over an edge.
-        exact = "donot_use_mm_for_euclid_dist"
-        yield torch.cdist(rows, members, compute_mode=exact)
+    """Euclidean distances (N, N') of points (N, F) to members (N', F), without a matrix
+    product: its rounding would move points over an edge."""
+    return torch.cdist(points, members, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 # ----------------------------------------------------- The networks that look at images
@@ -251,25 +244,22 @@ def stage2_alone(models, fine, y, seed, stage2):
 # --------------------------------------------------------------------------- The script
 
 
-def get_judge(path, images, settings, device):
-    """The Classifier in path, trained and saved there if there is none for these
-    images, the artifact in images.pt. Fails if it was trained with other settings, the
-    steps and the seed: scores of two judges cannot be compared."""
-    model = Classifier(len(images["class_names"]))
-    saved = load(path.parent, path.name) if path.exists() else {}
-    if saved and saved["images_id"] != images["images_id"]:
-        print(f"{path} has seen other images: training the judge again")
-    elif saved:
-        if saved["settings"] != settings:
-            old, new = saved["settings"], settings
-            fail(f"{path} was trained with {old}, not {new}: use its flags or delete it")
-        print(f"the judge is {path}, of an earlier run; without it, a new one is trained")
-        model.load_state_dict(saved["model"])
-        return model.eval().to(device)
-    classes = len(images["class_names"])
-    model = train_classifier(images["train"], classes, **settings, device=device)
-    states = model.state_dict()
-    save(path, model=states, settings=settings, images_id=images["images_id"])
+def get_judge(path, images, judge_steps, seed, device):
+    """The Classifier in path. If there is none, it is trained on images, the artifact
+    in images.pt, and saved there. Fails if it has seen other images or was trained with
+    other flags: the scores of two judges cannot be compared."""
+    num_classes = len(images["class_names"])
+    made_of = {
+        "images_id": images["images_id"],
+        "judge_steps": judge_steps,
+        "seed": seed,
+    }
+    if path.exists():
+        saved = load(path.parent, path.name, **made_of)
+        print(f"the judge is {path}, of an earlier run: delete it to train a new one")
+        return restore(Classifier(num_classes), saved, device)
+    model = train_classifier(images["train"], num_classes, judge_steps, seed, device)
+    save(path, model=model.state_dict(), **made_of)
     return model
 
 
@@ -294,29 +284,25 @@ def sample_sets(out, device):
 
 def describe(samples, models, artifacts):
     """The facts about a sample file in metrics.json, besides its scores."""
-    networks = {"ar": models.ar} if models.aux is None else {"ar": models.ar, "aux": models.aux}
-    paths = [artifacts[name]["path"].resolve() for name in networks]
-    sizes = [p.numel() for model in networks.values() for p in model.parameters()]
+    networks = [name for name in artifacts if name != "vqvae"]
+    runs = [artifacts[name] for name in networks]
+    paths = [run["path"].resolve() for run in runs]
+    sizes = [p.numel() for name in networks for p in getattr(models, name).parameters()]
+    copied = ("model", "images_per_second", "seed", "stage1", "stage2")
     return {
         "name": name_of(samples),
-        "model": samples["model"],
         "weights": [f"{path.parent.name}/{path.name}" for path in paths],
-        "steps": [artifacts[name]["step"] for name in networks],
-        "train_seconds": sum(artifacts[name]["seconds"] for name in networks),
+        "steps": [run["step"] for run in runs],
+        "train_seconds": sum(run["seconds"] for run in runs),
         "parameters": sum(sizes),
-        "images_per_second": samples["images_per_second"],
-        "seed": samples["seed"],
-        "stage1": samples["stage1"],
-        "stage2": samples["stage2"],
-    }
+    } | {key: samples[key] for key in copied}
 
 
 def warn_of_shares(name, y, test_y):
     """Print a warning if the classes y (N,) of samples have other shares than those of
     the test images, test_y (N',)."""
-    num_classes = int(max(y.max(), test_y.max())) + 1
-    share = y.bincount(minlength=num_classes) / len(y)
-    test_share = test_y.bincount(minlength=num_classes) / len(test_y)
+    C = int(max(y.max(), test_y.max())) + 1
+    share, test_share = (c.bincount(minlength=C) / len(c) for c in (y, test_y))
     if (share - test_share).abs().sum() / 2 > 0.1:  # more than a tenth of the images
         print(f"warning: the classes of {name} have other shares than those of the")
         print("test images: that alone raises the distance")
@@ -334,8 +320,9 @@ def main(argv=None):
     tokens = load(args.out, "tokens.pt", **ids)
     clusters = load(args.out, "clusters.pt", **ids)
     images = load(args.out, "images.pt", images_id=artifacts["vqvae"]["images_id"])
-    train_set, test_set, classes = images["train"], images["test"], images["class_names"]
-    if len(classes) < 2:
+    train_set, test_set = images["train"], images["test"]
+    chance = 1 / len(images["class_names"])
+    if chance == 1:
         fail("the data have a single class: the judge would have nothing to learn")
     # The Fréchet distance depends on N: so every row has the same N.
     sizes = {"training images": len(train_set.x), "test images": len(test_set.x)}
@@ -345,9 +332,8 @@ def main(argv=None):
     if N < 2:
         fail(f"there is only one of {smallest}: a covariance needs two or more images")
 
-    settings = {"steps": args.judge_steps, "seed": args.seed}
     path = images["path"].with_name("classifier.pt")
-    judge = get_judge(path, images, settings, device)
+    judge = get_judge(path, images, args.judge_steps, args.seed, device)
     real, logits = look(judge, test_set.x, device)
     if N < real.shape[1]:
         print(f"warning: {N} images ({smallest}) are fewer than {real.shape[1]}")
@@ -383,13 +369,13 @@ def main(argv=None):
         "psnr": psnr(test_set.x, reconstructions),
         "device": str(device),
         "clusters": clusters["method"],
-        "images_id": images["images_id"],
-        **settings,
+        "judge_steps": args.judge_steps,
+        "seed": args.seed,
     }
     print(f"\n{markdown_table(rows)}\n\n{caption(protocol)}.")
     accuracy = protocol["judge_accuracy"]
     print(f"The judge is right on {accuracy:.2%} of the test images.")
-    if accuracy < 2 / len(classes):
+    if accuracy < 2 * chance:
         print("warning: it is hardly better than chance, and its scores mean nothing")
     print(f"Reconstructions of all test images: {protocol['psnr']:.2f} dB.")
     path = args.out / "metrics.json"

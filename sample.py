@@ -131,7 +131,10 @@ def name_of(samples):
         words[:1] = ["CTF", f"{how} fine labels"]
     for settings, usual, which in ((stage1, STAGE1, ""), (stage2, STAGE2, "fine ")):
         for name, value in settings.items():
-            is_named = (which, name) == ("", "cfg_scale") or (name, value) == ("top_k", 1)
+            is_named = (which, name) == ("", "cfg_scale") or (name, value) == (
+                "top_k",
+                1,
+            )
             if value != getattr(usual, name) and not is_named:
                 words.append(f"{which}{name} {value:g}")
     return ", ".join(words)
@@ -276,14 +279,6 @@ def entropy(logits):
     return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1) / math.log(2)
 
 
-def decode_prefix(vqvae, fine, n):
-    """Fine labels (B, T) -> images uint8 (B, H, W, 3) decoded from the first n tokens;
-    the other tokens get a vector of zeros."""
-    codes = vqvae.codes(fine).flatten(2)  # (B, d, T)
-    codes[:, :, n:] = 0
-    return to_uint8(vqvae.decode(codes.unflatten(2, vqvae.grid)))
-
-
 def code_colors(codebook):
     """A colour for each code of (K, d): (K, rgb), 0..1. Similar codes look alike: red,
     green and blue are the ranks along the first three principal components."""
@@ -301,7 +296,7 @@ def anatomy(models, image, fine, y, rng):
     images (H, W, rgb), colours of tokens (h, w, rgb) and entropies in bits (h, w).
     """
     vqvae, aux, grid = models.vqvae, models.aux, models.vqvae.grid
-    g, T = aux.code_to_cluster, fine.shape[1]
+    g = aux.code_to_cluster
     coarse = g[fine]  # (1, T)
     color = code_colors(vqvae.codebook)  # (K, rgb)
     cluster_color = torch.stack(
@@ -312,44 +307,34 @@ def anatomy(models, image, fine, y, rng):
         "fine labels": color[fine[0]].view(*grid, 3),
         "coarse labels": cluster_color[coarse[0]].view(*grid, 3),
     }
+    own = g.cpu().numpy()
+    for name, clusters in (("k-means", own), ("random", random_clusters(own, rng))):
+        swapped = swapped_images(vqvae, fine, clusters, rng)
+        pictures[f"swapped within\n{name} clusters"] = swapped[0]
     logits = models.ar(coarse[:, :-1], y), aux(coarse, y)
     for stage, stage_logits in enumerate(logits, start=1):
         bits = entropy(stage_logits[0])  # (T,)
         name = f"entropy of stage {stage}\nmean {bits.mean():.1f} bits"
         pictures[name] = bits.view(grid)
-    for n in (T // 4, T // 2, 3 * T // 4, T):
-        name = f"decoded from the\nfirst {n} tokens"
-        pictures[name] = decode_prefix(vqvae, fine, n)[0]
-    own = g.cpu().numpy()
-    for name, clusters in (("k-means", own), ("random", random_clusters(own, rng))):
-        swapped = swapped_images(vqvae, fine, clusters, rng)
-        pictures[f"swapped within\n{name} clusters"] = swapped[0]
     return {title: picture.cpu().numpy() for title, picture in pictures.items()}
 
 
 def plot_anatomy(path, title, models, pairs, y, rng):
-    """anatomy.png: two rows of panels for each of pairs, {name: (image, fine labels)};
-    y (1,) is their class."""
+    """anatomy.png: a row of panels for each of pairs, {name: (image, fine labels)}; y
+    (1,) is their class."""
     members = models.aux.members
     most_bits = math.log2(max(members.shape))  # of a choice among M clusters or S codes
-    with picture(path, 13, 9.6) as figure:
+    with picture(path, 13, 4.5) as figure:
         figure.suptitle(f"{title}: {' and '.join(pairs)}")
-        grid = figure.subplots(4, 6)
-        for ax in grid.flat:
-            ax.set(xticks=[], yticks=[], frame_on=False)
-        for panels, (name, (image, fine)) in zip((grid[:2], grid[2:]), pairs.items()):
+        for axes, (name, (image, fine)) in zip(figure.subplots(2, 7), pairs.items()):
             fine, y = fine.to(members.device), y.to(members.device)
             pictures = anatomy(models, image, fine, y, rng)
-            # 11 pictures in 12 panels: the sixth holds the colour bar of the entropies.
-            *before, bar = panels[0]
-            axes = [*before, *panels[1]]
             for ax, (panel_title, shown) in zip(axes, pictures.items()):
-                ax.set_title(panel_title)
-                ax.imshow(shown, vmin=0, vmax=most_bits)
+                ax.set(xticks=[], yticks=[], frame_on=False, title=panel_title)
+                panel = ax.imshow(shown, vmin=0, vmax=most_bits)
             axes[0].set_title(name)
-            entropies = axes[3].images[0]  # of stage 1; stage 2 has the same scale
-            bar = bar.inset_axes([0.1, 0, 0.1, 1])
-            figure.colorbar(entropies, cax=bar, label="entropy, bits")
+            # The last panel is an entropy. All entropies have the same scale.
+            figure.colorbar(panel, ax=axes, label="entropy, bits")
 
 
 if __name__ == "__main__":

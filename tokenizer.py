@@ -201,7 +201,9 @@ class VQVAE(nn.Module):
         chosen = torch.from_numpy(rng.integers(len(vectors), size=K)).to(z.device)
         new = vectors[chosen]
         self.moving_count.copy_(torch.where(is_dead, mean, self.moving_count))
-        self.moving_sum.copy_(torch.where(is_dead[:, None], mean * new, self.moving_sum))
+        self.moving_sum.copy_(
+            torch.where(is_dead[:, None], mean * new, self.moving_sum)
+        )
         self.codebook.copy_(F.normalize(self.moving_sum, dim=1))
 
     def usage(self):
@@ -603,15 +605,6 @@ def plot(path, history, images, reconstructions, K):
 
 
 # -------------------------------------------------- Shared by all scripts: the training
-#
-# A checkpoint is a dict, and the content of tokenizer.pt, coarse.pt, baseline.pt and
-# fine.pt:
-#   config     {name: value}, the fields of the model's config class
-#   settings   {name: value}, the flags and ids that --resume requires to be the same
-#   *_id       what the run was made from; load compares them
-#   step       optimizer steps so far; seconds: their time
-#   history    {"loss": one float per step, "test": one dict per measurement}
-#   model, optimizer: state dicts; weights_id: identifies the weights
 
 
 def adamw(model):
@@ -665,9 +658,8 @@ def record(checkpoint, loss, norm, began, bar, args):
 def copy_due(step, args):
     """Which of the --keep evenly spaced copies is due after this step; 0 if none is.
     With --keep 3 in 600 steps: 1, 2, 3 after steps 200, 400, 600."""
-    number = step * args.keep // args.steps
-    before = (step - 1) * args.keep // args.steps
-    return number if number > before else 0
+    number, rest = divmod(step * args.keep, args.steps)
+    return number if rest < args.keep else 0
 
 
 def copies(path):
@@ -742,17 +734,6 @@ def save_checkpoint(path, model, optimizer, checkpoint, args, scores):
 
 # ------------------------------------------------------------------- Shared: artifacts
 
-# Every artifact is a dict in a .pt file. N train and test images or tokens, as tuples
-# (x, classes int64 (N,)); ids are strings that identify what belongs together.
-#   images.pt      train, test: x uint8 (N, H, W, 3); class_names, data; images_id
-#   tokens.pt      train, test: x int64 (N, T), the fine labels; class_names, grid (h, w),
-#                  codebook_size K; images_id, codebook_id
-#   clusters.pt    code_to_cluster int64 (K,), centroids float (M, d), inertia (one float
-#                  per step), method; codebook_id, cluster_id
-#   samples.pt     images uint8 (N, H, W, 3), classes (N,), coarse and fine (N, T), how
-#                  they were sampled; weights: the weights_id of each network
-#   classifier.pt  the judge: model, settings, images_id
-# and the checkpoints above. WRITTEN_BY names the script that writes each of them.
 WRITTEN_BY = {
     "images.pt": "tokenizer.py (with --resume, if it was stopped)",
     "tokenizer.pt": "tokenizer.py",
@@ -763,7 +744,7 @@ WRITTEN_BY = {
     "fine.pt": "aux_model.py",
     "samples.pt": "sample.py",
     "samples-baseline.pt": "sample.py --model baseline",
-    "classifier.pt": "evaluate.py",
+    "classifier.pt": "evaluate.py (delete the file first)",
 }
 
 
@@ -813,9 +794,13 @@ def load(out, name, mmap=True, **ids):
 def load_tokenizer(out, device):
     """(VQVAE in eval mode on device, the artifact) of tokenizer.pt."""
     artifact = load(out, "tokenizer.pt")
-    model = VQVAE(VQVAEConfig(**artifact["config"]))
+    return restore(VQVAE(VQVAEConfig(**artifact["config"])), artifact, device), artifact
+
+
+def restore(model, artifact, device):
+    """model in eval mode on device, with the weights of artifact."""
     model.load_state_dict(artifact["model"])
-    return model.eval().to(device), artifact
+    return model.eval().to(device)
 
 
 def save(path, **artifact):
