@@ -4,8 +4,8 @@ p(c_1 .. c_T | y) = prod_t p(c_t | c_<t, y), trained by cross-entropy over the M
 labels (arXiv 2503.16194, figure 1c). The Transformer is LlamaGen's (arXiv 2406.06525).
 It differs from that of "Attention is all you need" in this:
 - pre-norm: a layer adds attention(norm(x)) to x, and then mlp(norm(x)).
-- RMSNorm: x / sqrt(mean(x^2)) times a learnt gain. No mean is subtracted, no bias added.
-- SwiGLU in place of ReLU: silu(W1 x) * (W2 x), with silu(a) = a sigmoid(a).
+- RMSNorm: x / sqrt(mean(x^2)) times a learnt gain. No mean is subtracted.
+- SwiGLU in place of ReLU: W3 (silu(W1 x) * (W2 x)), with silu(a) = a sigmoid(a).
 - 2D rotary positions: nothing is added to the embeddings. Queries and keys are rotated
   (rotary_table).
 - no biases, no dropout; the embedding and the head do not share their weights; the
@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 # isort: off
 from tokenizer import adamw, autocast, earlier_run, record, save_checkpoint, start
-from tokenizer import update, Examples, load, picture, restore
+from tokenizer import update, Examples, load, picture
 from tokenizer import add_training_flags, command_line, number, pick_device, run
 
 # ---------------------------------------------------------------------------- The model
@@ -64,9 +64,9 @@ def rotary_table(grid, head_dim, base=10_000):
     frequencies are 1 and 0.01, so its angles are 1, 0.01 (row), 2, 0.02 (column).
     Rotated by 2, the pair (1, 0) becomes (cos 2, sin 2) = (-0.42, 0.91).
 
-    Position 0 is the class token. It is not in the grid: its angles are 0, like those
-    of the token in row 0, column 0. Stage 1 never gets to position T, the last token:
-    nothing is predicted after it. Stage 2 does.
+    Position 0 is the class token, position t + 1 is token t. The class is not in the
+    grid: its angles are 0, like those of the token in row 0, column 0. Stage 1 never
+    gets to position T, the last token: nothing is predicted after it. Stage 2 does.
     """
     h, w = grid
     n = head_dim // 4  # head_dim / 2 pairs, half of them for the row
@@ -88,7 +88,7 @@ def rotate(x, rotary):
     their positions only (RoFormer, Su et al. 2021).
     """
     cos, sin = rotary
-    a, b = x.float().chunk(2, dim=-1)  # bfloat16 is too coarse for the angles
+    a, b = x.chunk(2, dim=-1)  # times float32: bfloat16 is too coarse for the angles
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
 
@@ -260,7 +260,7 @@ class Sampling:
             cond, uncond = logits.chunk(2)
             logits = guide(cond, uncond, self.cfg_scale)
         logits = filter_logits(logits / self.temperature, self.top_k, self.top_p)
-        return draw(logits, generator)
+        return draw(logits, generator)  # the function below
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
@@ -297,7 +297,7 @@ def draw(logits, generator):
     softmax(logits)[i]. 3 to 5 times as fast as torch.multinomial at V = 4096.
     """
     uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
-    uniform = uniform.clamp(1e-20, 1 - 1e-7)  # ln 0 is -inf
+    uniform = uniform.clamp(1e-20, 1 - 1e-7)  # at 0 and 1 the noise is infinite
     return (logits - (-uniform.log()).log()).argmax(dim=-1)
 
 
@@ -350,7 +350,7 @@ def mean_loss(model, tokens, y):
 
 
 def parse_with_model(parser, default, argv):
-    """The flags in argv, with those of both Transformers; default: their config."""
+    """The flags in argv, with those of both Transformers; default: the config class."""
     add = parser.add_argument
     add("--layers", type=number(int, 1), default=default.layers, help="layers")
     add("--dim", type=number(int, 1), default=default.dim, help="width")
@@ -417,13 +417,6 @@ def main(argv=None):
     plot_curves(path.with_suffix(".png"), title, checkpoint["history"], math.log(V))
     print(f"wrote {path.name} and {path.stem}.png to {args.out}")
     print(f"{checkpoint['seconds']:.0f} s of training")
-
-
-def load_ar(out, name, device, **ids):
-    """(ARModel in eval mode on device, the artifact) of coarse.pt or baseline.pt; ids
-    as for load."""
-    artifact = load(out, name, **ids)
-    return restore(ARModel(ARConfig(**artifact["config"])), artifact, device), artifact
 
 
 def plot_curves(path, title, history, guess):

@@ -9,9 +9,13 @@ cluster c_i, which contains q_i; the logits of other codes are not used.
 
 Reads tokens.pt and clusters.pt; writes fine.pt and fine.png. The first loss is that of
 a uniform guess within the cluster, the mean of ln(cluster size). On two CPU cores: 90
-seconds; 34% of the fine labels of 1,000 test images are predicted correctly. The model
-treats fine labels as conditionally independent given the coarse labels: p(q | c, y) is
-a product over tokens. The bits per token (evaluate.py) include what that costs.
+seconds; 34% of the fine labels of 1,000 test images are predicted correctly.
+
+The model treats fine labels as conditionally independent given the coarse labels:
+p(q | c, y) is a product over tokens. That is tolerable since the codes of a cluster
+look alike: whichever is sampled, the image changes little. The bits per token
+(evaluate.py) include what it costs. Training uses the coarse labels of real images.
+Sampling uses those of stage 1, with its mistakes: stage 2 never learns to mend them.
 
 The example image of tokenizer.py: the input is class 0 and its 64 coarse labels, 91,
 125, 91, 91, ... The output is logits (64, S), where S = 107 is the size of the largest
@@ -32,7 +36,7 @@ from tqdm import tqdm
 
 # isort: off
 from tokenizer import adamw, autocast, earlier_run, record, save_checkpoint, start
-from tokenizer import update, load, restore
+from tokenizer import update, load
 from tokenizer import add_training_flags, command_line, pick_device, run
 from cluster import invert
 from ar_model import Transformer, drop_classes, with_null
@@ -218,21 +222,13 @@ def main(argv=None):
         norm = update(model, optimizer, loss, step, args)
         if record(checkpoint, loss, norm, began, bar, args):
             nats, right = mean_fine_loss(model, test_set.x[:1000], test_set.y[:1000])
-            scores = {"loss": nats, "bits": nats / math.log(2), "right": right}
+            scores = {"loss": nats, "bits": nats / math.log(2), "accuracy": right}
             save_checkpoint(path, model, optimizer, checkpoint, args, scores)
 
     title = f"fine.pt: predicting the code within its cluster (K = {K}, M = {M})"
     plot_curves(args.out / "fine.png", title, checkpoint["history"], guess)
     print(f"wrote fine.pt and fine.png to {args.out}")
     print(f"{checkpoint['seconds']:.0f} s of training")
-
-
-def load_aux(out, code_to_cluster, device, **ids):
-    """(AuxModel in eval mode on device, the artifact) of fine.pt; ids as for
-    load."""
-    artifact = load(out, "fine.pt", **ids)
-    model = AuxModel(AuxConfig(**artifact["config"]), code_to_cluster)
-    return restore(model, artifact, device), artifact
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ token carries most of the information, and can be predicted first.
     python cluster.py --out out/random --method random     # the paper's control
 
 k-means uses Euclidean distances. For unit vectors |a - b|^2 = 2 - 2 a.b: near means a
-large dot product, by which the tokenizer chooses codes. (A centroid, the mean of its
-codes, lies inside the sphere; its direction is the mean direction.)
+large dot product, and the tokenizer chooses codes by the dot product, too. (A centroid
+is a mean of unit vectors. It lies inside the sphere.)
 
 Reads images.pt, tokenizer.pt and tokens.pt; writes clusters.pt (code_to_cluster is g)
 and clusters.png (figure 1b). It takes seconds.
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 # isort: off
-from tokenizer import load, load_tokenizer, picture, reconstruct, save, short_hash
+from tokenizer import load, load_tokenizer, plot_rows, reconstruct, save, short_hash
 from tokenizer import command_line, fail, number, pick_device, run
 
 # ------------------------------------------------------------------------------ k-means
@@ -37,8 +37,8 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
     of x (n, d) to the centroids of their clusters.
 
     It starts from init (k, d), which is not modified, or from k-means++ with seed. A
-    step assigns each row to its nearest centroid, moves a row of another cluster into
-    each empty cluster, and moves every centroid to the mean of its rows. It ends when
+    step assigns each row to its nearest centroid, moves a row of another cluster, the
+    one farthest from its centroid, into each empty cluster, and moves every centroid to the mean of its rows. It ends when
     no assignment changes, or after max_iter steps.
 
     Returns the cluster of each row, int64 (n,); the centroids, float64 (k, d); and a
@@ -51,11 +51,11 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
     if init is None:
         init = kmeans_plus_plus(x, k, np.random.default_rng(seed))
     centroids = np.array(init, dtype=np.float64)
-    previous = None
+    assignment = None
     inertia = []
     for _ in range(max_iter):
-        assignment = nearest_centroids(x, centroids)
-        squared = ((x - centroids[assignment]) ** 2).sum(axis=1)  # (n,) distances
+        previous, assignment = assignment, nearest_centroids(x, centroids)
+        squared = ((x - centroids[assignment]) ** 2).sum(axis=1)  # (n,)
         sizes = np.bincount(assignment, minlength=k)
         for empty in np.flatnonzero(sizes == 0):
             # It takes the row farthest from its centroid, out of a cluster of two or
@@ -66,9 +66,8 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
             assignment[row] = empty
         centroids = cluster_means(x, assignment, sizes)
         inertia.append(((x - centroids[assignment]) ** 2).sum())
-        if previous is not None and (assignment == previous).all():
+        if np.array_equal(assignment, previous):
             break
-        previous = assignment
     return assignment, centroids, inertia
 
 
@@ -118,7 +117,7 @@ def invert(code_to_cluster):
       It is padded with -1 to S entries, the size of the largest cluster.
     - place int64 (K,): where each code stands in its row, so that
       members[code_to_cluster[q], place[q]] = q.
-    For g = [0, 1, 1, 0, 1] they are [[0, 3, -1], [1, 2, 4]] and [0, 0, 1, 1, 2].
+    For g = [0, 1, 1, 0, 1]: [[0, 3, -1], [1, 2, 4]] and [0, 0, 1, 1, 2].
     """
     sizes = np.bincount(code_to_cluster)  # (M,)
     members = np.full((len(sizes), sizes.max()), -1)
@@ -181,9 +180,9 @@ def main(argv=None):
         fail(f"--clusters {M} is more than the {K} codes of tokenizer.pt")
 
     seeds = [(args.seed, restart) for restart in range(args.restarts)]
-    runs = [kmeans(codebook, M, seed) for seed in seeds]
-    last_inertia = lambda run: run[2][-1]
-    code_to_cluster, centroids, inertia = min(runs, key=last_inertia)
+    results = [kmeans(codebook, M, seed) for seed in seeds]
+    last_inertia = lambda result: result[2][-1]
+    code_to_cluster, centroids, inertia = min(results, key=last_inertia)
     sizes = np.bincount(code_to_cluster)
     print(f"{M} clusters of {sizes.min()} to {sizes.max()} codes")
     steps = f"{len(inertia)} steps, best of {args.restarts} runs"
@@ -196,8 +195,9 @@ def main(argv=None):
     fine = tokens["test"].x[:10].to(device)
     rows = {"original": images["test"].x[:10]}
     rows["reconstruction"] = reconstruct(model, fine).cpu()
-    for name, g in maps.items():
-        rows[f"swapped within\n{name} clusters"] = swapped_images(model, fine, g, rng)
+    for name, swap_map in maps.items():
+        swapped = swapped_images(model, fine, swap_map, rng)
+        rows[f"swapped within\n{name} clusters"] = swapped
     if args.method == "random":
         code_to_cluster = maps["random"]
         centroids = cluster_means(codebook, code_to_cluster, sizes)
@@ -214,23 +214,8 @@ def main(argv=None):
         **ids,
     )
     title = f"every token replaced by a random code from its cluster (K = {K}, M = {M})"
-    plot_swaps(args.out / "clusters.png", title, rows)
+    plot_rows(args.out / "clusters.png", title, rows)
     print(f"wrote clusters.pt and clusters.png to {args.out}")
-
-
-# -------------------------------------------------------------------------- The picture
-
-
-def plot_swaps(path, title, rows):
-    """clusters.png: a row of images for each of rows, {name: images (n, H, W, 3)}."""
-    with picture(path, 12, 5) as figure:
-        figure.suptitle(title)
-        grid = figure.subplots(len(rows), len(rows["original"]), squeeze=False)
-        for axes, (name, row) in zip(grid, rows.items()):
-            axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
-            for ax, image in zip(axes, row.numpy()):
-                ax.imshow(image)
-                ax.set(xticks=[], yticks=[], frame_on=False)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 # isort: off
-from tokenizer import WRITTEN_BY, autocast, learning_rate, load, picture, psnr, save
-from tokenizer import reconstruct, restore, to_float
+from tokenizer import WRITTEN_BY, autocast, learning_rate, load, load_tokenizer
+from tokenizer import picture, psnr, reconstruct, restore, save, to_float
 from tokenizer import command_line, fail, number, pick_device, run
 from cluster import random_clusters, swapped_images
 from ar_model import Sampling, mean_loss
@@ -45,7 +45,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) of Gaussians (Heusel et al. 2017,
     equation 6: the square of a distance).
 
-    mu1, mu2 (F,); covariances S1 = sigma1, S2 = sigma2 (F, F), singular or not.
+    mu1, mu2 (D,); covariances S1 = sigma1, S2 = sigma2 (D, D), singular or not.
     Returns a float, 0 or more, never nan or complex.
     """
     # tr (S1 S2)^1/2 is the sum of the square roots of the eigenvalues of S1 S2. Those
@@ -59,7 +59,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def gaussian(features):
-    """Mean (F,) and unbiased covariance (F, F) of features (N, F)."""
+    """Mean (D,) and unbiased covariance (D, D) of features (N, D)."""
     return features.mean(axis=0), np.cov(features, rowvar=False)
 
 
@@ -84,7 +84,7 @@ def inception_score(logits, splits=10):
 def precision_recall(real, fake, k=3):
     """Improved precision and recall (Kynkäänniemi et al. 2019, equation 2).
 
-    real (N, F) and fake (N', F), float64 arrays, at least two rows each. Precision is
+    real (N, D) and fake (N', D), float64 arrays, at least two rows each. Precision is
     the share of fake covered by real, recall the share of real covered by fake: two
     floats. The tables of distances take 8 N N' bytes.
     """
@@ -93,8 +93,8 @@ def precision_recall(real, fake, k=3):
 
 
 def covered(points, members, k):
-    """The share, a float, of points (N, F) within the radius of at least one of members
-    (N', F), or on its edge. The radius of a member is the distance to its k-th nearest
+    """The share, a float, of points (N, D) within the radius of at least one of members
+    (N', D), or on its edge. The radius of a member is the distance to its k-th nearest
     neighbour in members (the farthest, if there are fewer than k others)."""
     nearest = distances(members, members).topk(min(k + 1, len(members)), largest=False)
     radius = nearest.values[:, -1]  # (N',). The first of k + 1 is the member itself.
@@ -103,7 +103,7 @@ def covered(points, members, k):
 
 
 def distances(points, members):
-    """Euclidean distances (N, N') of points (N, F) to members (N', F), without a matrix
+    """Euclidean distances (N, N') of points (N, D) to members (N', D), without a matrix
     product: its rounding would move points over an edge."""
     return torch.cdist(points, members, compute_mode="donot_use_mm_for_euclid_dist")
 
@@ -174,7 +174,7 @@ def look(judge, images, device):
 def score(images, y, judge, real, device):
     """All scores of images uint8 (N, H, W, 3) of classes y (N,): {name: float}.
 
-    real: the features (N', F) of all test images. The Fréchet distance uses all of
+    real: the features (N', D) of all test images. The Fréchet distance uses all of
     them. Precision and recall use the first N, so that both sets have the same size.
     """
     features, logits = look(judge, images, device)
@@ -244,21 +244,17 @@ def stage2_alone(models, fine, y, seed, stage2):
 # --------------------------------------------------------------------------- The script
 
 
-def get_judge(path, images, judge_steps, seed, device):
+def get_judge(path, images, steps, seed, device):
     """The Classifier in path. If there is none, it is trained on images, the artifact
     in images.pt, and saved there. Fails if it has seen other images or was trained with
     other flags: the scores of two judges cannot be compared."""
     num_classes = len(images["class_names"])
-    made_of = {
-        "images_id": images["images_id"],
-        "judge_steps": judge_steps,
-        "seed": seed,
-    }
+    made_of = {"images_id": images["images_id"], "judge_steps": steps, "seed": seed}
     if path.exists():
         saved = load(path.parent, path.name, **made_of)
         print(f"the judge is {path}, of an earlier run: delete it to train a new one")
         return restore(Classifier(num_classes), saved, device)
-    model = train_classifier(images["train"], num_classes, judge_steps, seed, device)
+    model = train_classifier(images["train"], num_classes, steps, seed, device)
     save(path, model=model.state_dict(), **made_of)
     return model
 
@@ -315,51 +311,46 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     sets = sample_sets(args.out, device)
-    _, models, artifacts = sets[0]
-    vqvae, ids = models.vqvae, {"codebook_id": artifacts["vqvae"]["codebook_id"]}
+    vqvae, artifact = load_tokenizer(args.out, device)
+    ids = {"codebook_id": artifact["codebook_id"]}
     tokens = load(args.out, "tokens.pt", **ids)
     clusters = load(args.out, "clusters.pt", **ids)
-    images = load(args.out, "images.pt", images_id=artifacts["vqvae"]["images_id"])
+    images = load(args.out, "images.pt", images_id=artifact["images_id"])
     train_set, test_set = images["train"], images["test"]
-    chance = 1 / len(images["class_names"])
-    if chance == 1:
-        fail("the data have a single class: the judge would have nothing to learn")
     # The Fréchet distance depends on N: so every row has the same N.
-    sizes = {"training images": len(train_set.x), "test images": len(test_set.x)}
-    sizes |= {FILES[samples["model"]]: len(samples["images"]) for samples, *_ in sets}
-    smallest = min(sizes, key=sizes.get)
-    N = sizes[smallest]
+    sizes = [len(samples["images"]) for samples, *_ in sets]
+    N = min(len(train_set.x), len(test_set.x), *sizes)
     if N < 2:
-        fail(f"there is only one of {smallest}: a covariance needs two or more images")
+        fail("a set of images has only one: a covariance needs two or more")
 
     path = images["path"].with_name("classifier.pt")
     judge = get_judge(path, images, args.judge_steps, args.seed, device)
     real, logits = look(judge, test_set.x, device)
     if N < real.shape[1]:
-        print(f"warning: {N} images ({smallest}) are fewer than {real.shape[1]}")
+        print(f"warning: the smallest set has {N} images, fewer than {real.shape[1]}")
         print("features: the covariance is singular, and the distance far too high")
 
     fine, y = tokens["test"].to(device)
     reconstructions = reconstruct(vqvae, fine).cpu()
     # {name: (images, classes, further facts)}. The controls are made from the test
     # images that they are compared with.
-    rows = {"real training images": (*train_set, {})}
-    rows["reconstructions"] = (reconstructions, test_set.y, {})
+    to_score = {"real training images": (*train_set, {})}
+    to_score["reconstructions"] = (reconstructions, test_set.y, {})
     for name, swapped in swaps(vqvae, fine[:N], clusters, args.seed).items():
-        rows[f"swapped within {name} clusters"] = (swapped, test_set.y, {})
+        to_score[f"swapped within {name} clusters"] = (swapped, test_set.y, {})
     for samples, models, artifacts in sets:
         if models.aux is not None:
             stage2 = Sampling(**samples["stage2"])
             alone = stage2_alone(models, fine[:N], y[:N], args.seed, stage2)
-            rows["stage 2 alone (real coarse labels)"] = (alone, test_set.y, {})
+            to_score["stage 2 alone (real coarse labels)"] = (alone, test_set.y, {})
         facts = describe(samples, models, artifacts)
         bits = bits_per_token(models, fine, y)
         facts |= {"bits_per_token": sum(bits), "bits_per_stage": bits}
         warn_of_shares(facts["name"], samples["classes"], test_set.y)
-        rows[facts["name"]] = (samples["images"], samples["classes"], facts)
+        to_score[facts["name"]] = (samples["images"], samples["classes"], facts)
     rows = [
         {"name": name} | score(x[:N], y[:N], judge, real, device) | facts
-        for name, (x, y, facts) in rows.items()
+        for name, (x, y, facts) in to_score.items()
     ]
     protocol = {
         "data": images["data"],
@@ -369,13 +360,14 @@ def main(argv=None):
         "psnr": psnr(test_set.x, reconstructions),
         "device": str(device),
         "clusters": clusters["method"],
+        "images_id": images["images_id"],
         "judge_steps": args.judge_steps,
         "seed": args.seed,
     }
     print(f"\n{markdown_table(rows)}\n\n{caption(protocol)}.")
     accuracy = protocol["judge_accuracy"]
     print(f"The judge is right on {accuracy:.2%} of the test images.")
-    if accuracy < 2 * chance:
+    if accuracy < 2 / len(images["class_names"]):  # also if there is a single class
         print("warning: it is hardly better than chance, and its scores mean nothing")
     print(f"Reconstructions of all test images: {protocol['psnr']:.2f} dB.")
     path = args.out / "metrics.json"

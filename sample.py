@@ -8,18 +8,18 @@ over the fine labels themselves.
     python sample.py --out out/argmax --fine-top-k 1 # the most probable fine labels
     python sample.py --num-samples 50000 --export    # files for other FID programs
 
-Reads tokenizer.pt, tokens.pt; clusters.pt, coarse.pt and fine.pt, or else baseline.pt;
-images.pt for --anatomy and --export.
-Writes samples.pt (images uint8 (N, H, W, 3), classes (N,), coarse and fine labels
-(N, T)) and samples.png; for the baseline samples-baseline.pt and .png. With --anatomy
-also anatomy.png, with --export also the folder export/. On two CPU cores: 110 to 150
+Reads tokenizer.pt and tokens.pt; clusters.pt, coarse.pt and fine.pt, or for the
+baseline baseline.pt; images.pt for --anatomy and --export. Writes
+samples.pt (images uint8 (N, H, W, 3), classes (N,), coarse and fine labels (N, T)) and
+samples.png; for the baseline samples-baseline.pt and .png. With --anatomy also
+anatomy.png, with --export also the folder export/. On two CPU cores: 110 to 150
 images/s.
 
 A new image from beginning to end: class 0. 64 steps of stage 1 sample 64 coarse labels,
 91, 34, 91, 112, ... (For guidance each step runs with and without the class.) Token 27
-gets 114, a cluster of 43 codes. One step of stage 2 samples a code
-of each token's cluster: 3039, 990, 3786, ... Token 27 gets 1645. The decoder
-turns the codes (d = 8, h = 8, w = 8) into (3, 32, 32) pixels.
+gets 114, a cluster of 43 codes. One step of stage 2 samples a code of each token's
+cluster: 3039, 990, 3786, ... Token 27 gets 1645. The decoder turns the codes (d = 8, h
+= 8, w = 8) into (3, 32, 32) pixels.
 """
 
 import math
@@ -34,14 +34,16 @@ from PIL import Image
 from tqdm import tqdm
 
 # isort: off
-from tokenizer import VQVAE, autocast, load, load_tokenizer, picture, save, to_uint8
+from tokenizer import VQVAE, autocast, load, load_tokenizer, picture, plot_rows
+from tokenizer import restore, save, to_uint8
 from tokenizer import command_line, fail, number, pick_device, run
 from cluster import random_clusters, swapped_images
-from ar_model import ARModel, Sampling, generate, load_ar
-from aux_model import AuxModel, load_aux, predict_fine
+from ar_model import ARConfig, ARModel, Sampling, generate
+from aux_model import AuxConfig, AuxModel, predict_fine
 
 FILES = {"ctf": "samples.pt", "baseline": "samples-baseline.pt"}
-# The defaults, for stage 1 or the baseline, and for stage 2 (as in the paper: sampled).
+# The defaults of stage 1 or the baseline (guidance 2 has the lowest FD on digits), and
+# of stage 2 (sampled fine labels, as in the paper).
 STAGE1, STAGE2 = Sampling(cfg_scale=2.0), Sampling()
 
 # --------------------------------------------------------------- From classes to pixels
@@ -104,16 +106,21 @@ def load_models(out, name, device):
     """For "ctf" or "baseline": the Models in eval mode on device, and their artifacts,
     {"vqvae", "ar", "aux" (CTF only): dict}. Fails if these do not belong together."""
     vqvae, artifact = load_tokenizer(out, device)
-    artifacts = {"vqvae": artifact}
     ids = {"codebook_id": artifact["codebook_id"]}
-    if name == "baseline":
-        ar, artifacts["ar"] = load_ar(out, "baseline.pt", device, **ids)
-        return Models(vqvae, ar), artifacts
-    clusters = load(out, "clusters.pt", **ids)
-    ids["cluster_id"] = clusters["cluster_id"]
-    ar, artifacts["ar"] = load_ar(out, "coarse.pt", device, **ids)
-    aux, artifacts["aux"] = load_aux(out, clusters["code_to_cluster"], device, **ids)
-    return Models(vqvae, ar, aux), artifacts
+    file = "baseline.pt"
+    if name == "ctf":
+        clusters = load(out, "clusters.pt", **ids)
+        ids["cluster_id"] = clusters["cluster_id"]
+        file = "coarse.pt"
+    artifacts = {"vqvae": artifact, "ar": load(out, file, **ids)}
+    ar = ARModel(ARConfig(**artifacts["ar"]["config"]))
+    models = Models(vqvae, restore(ar, artifacts["ar"], device))
+    if name == "ctf":
+        artifacts["aux"] = load(out, "fine.pt", **ids)
+        config = AuxConfig(**artifacts["aux"]["config"])
+        aux = AuxModel(config, clusters["code_to_cluster"])
+        models.aux = restore(aux, artifacts["aux"], device)
+    return models, artifacts
 
 
 def weights_of(artifacts):
@@ -129,14 +136,13 @@ def name_of(samples):
     if stage2:
         how = "argmax" if stage2["top_k"] == 1 else "sampled"
         words[:1] = ["CTF", f"{how} fine labels"]
-    for settings, usual, which in ((stage1, STAGE1, ""), (stage2, STAGE2, "fine ")):
-        for name, value in settings.items():
-            is_named = (which, name) == ("", "cfg_scale") or (name, value) == (
-                "top_k",
-                1,
-            )
-            if value != getattr(usual, name) and not is_named:
-                words.append(f"{which}{name} {value:g}")
+    for name in ("temperature", "top_k", "top_p"):
+        if stage1[name] != getattr(STAGE1, name):
+            words.append(f"{name} {stage1[name]:g}")
+    for name, value in stage2.items():
+        is_argmax = name == "top_k" and value == 1  # said above
+        if value != getattr(STAGE2, name) and not is_argmax:
+            words.append(f"fine {name} {value:g}")
     return ", ".join(words)
 
 
@@ -213,7 +219,9 @@ def main(argv=None):
         export(args.out / "export" / "real", real.x)
         export(args.out / "export" / path.stem, images)
     title = f"{name_of(samples)}, seed {args.seed}"
-    plot_samples(path.with_suffix(".png"), title, images, y, class_names)
+    shown = y.unique()[:10].tolist()
+    rows = {f"class {class_names[c]}": images[y == c][:10] for c in shown}
+    plot_rows(path.with_suffix(".png"), title, rows)
     if args.anatomy:
         i = (test_y == y[0]).nonzero()[0, 0]  # a test image of the same class
         pairs = {
@@ -254,24 +262,6 @@ def export(folder, images):
 
 
 # ----------------------------------------------------------------------------- Pictures
-
-
-def plot_samples(path, title, images, y, class_names):
-    """A row per class: the first 10 images uint8 (N, H, W, 3) of each of the first 10
-    classes in y (N,)."""
-    shown = y.unique()[:10].tolist()
-    rows = [images[y == number][:10] for number in shown]
-    columns = max(len(row) for row in rows)
-    with picture(path, 1.5 + columns, 0.5 + len(rows)) as figure:
-        figure.suptitle(title)
-        grid = figure.subplots(len(rows), columns, squeeze=False)
-        for ax in grid.flat:
-            ax.set(xticks=[], yticks=[], frame_on=False)
-        for number, row, axes in zip(shown, rows, grid):
-            name = f"class {class_names[number]}"
-            axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
-            for ax, image in zip(axes, row.numpy()):
-                ax.imshow(image)
 
 
 def entropy(logits):
@@ -316,7 +306,7 @@ def anatomy(models, image, fine, y, rng):
         bits = entropy(stage_logits[0])  # (T,)
         name = f"entropy of stage {stage}\nmean {bits.mean():.1f} bits"
         pictures[name] = bits.view(grid)
-    return {title: picture.cpu().numpy() for title, picture in pictures.items()}
+    return {name: panel.cpu().numpy() for name, panel in pictures.items()}
 
 
 def plot_anatomy(path, title, models, pairs, y, rng):
@@ -331,7 +321,7 @@ def plot_anatomy(path, title, models, pairs, y, rng):
             pictures = anatomy(models, image, fine, y, rng)
             for ax, (panel_title, shown) in zip(axes, pictures.items()):
                 ax.set(xticks=[], yticks=[], frame_on=False, title=panel_title)
-                panel = ax.imshow(shown, vmin=0, vmax=most_bits)
+                panel = ax.imshow(shown, vmin=0, vmax=most_bits)  # (of entropies)
             axes[0].set_title(name)
             # The last panel is an entropy. All entropies have the same scale.
             figure.colorbar(panel, ax=axes, label="entropy, bits")

@@ -14,7 +14,8 @@ Reads the images; writes to --out: images.pt (the images, read once for all scri
 tokenizer.pt, tokens.pt (the fine labels of all images) and tokenizer.png. On two CPU
 cores: 4 minutes, 27 dB (PSNR) on the test images, nearly all of the 4096 codes in use.
 The method is in the first part of the file. From "Images" on, it is data and what all
-scripts share.
+scripts share: main calls update, record, start and others, as do the main functions of
+stages 1 and 2.
 
 One image followed through all files: the first of the test set, a 0, is (3, 32, 32).
 The encoder halves its height and width twice, to (48, 16, 16) and (96, 8, 8), and ends
@@ -28,8 +29,9 @@ codes.)
 
 Axis legend of all files: B batch, N images, T tokens, H W pixels, h w token grid, K
 codes, M clusters, S codes in the largest cluster, d code dimension, V vocabulary of the
-model at hand, F features; N' is the size of a second set. y is the class of an image:
-what the image shows. A label is always the label of a token.
+model at hand, D features of the judge, n any number of rows; N' is the size of a second
+set. y is the class of an image: what the image shows. A label is always the label of a
+token.
 """
 
 import argparse
@@ -125,7 +127,7 @@ class VQVAE(nn.Module):
         # that chose it, and of their sum.
         self.register_buffer("moving_count", torch.ones(len(codes)))  # (K,)
         self.register_buffer("moving_sum", codes.clone())  # (K, d)
-        # How many images to encode or decode at once outside training.
+        # Images to encode or decode at once outside training: fewer if they are large.
         self.at_once = max(32, 250 * 32**2 // config.image_size**2)
         side = config.image_size // config.downsample
         self.grid = (side, side)  # (h, w), T = h * w
@@ -189,34 +191,31 @@ class VQVAE(nn.Module):
         code becomes the direction of the EMA of the sum of its vectors, so there is no
         division by the count. A code is dead if the EMA of its count is below
         dead_below times the mean count. It is re-initialised to a random vector of z.
+        Without that, only half of the 4096 codes are ever used: the others start too
+        far from all vectors to be chosen.
         """
         vectors, fine = as_rows(z), fine.flatten()  # (B*T, d), (B*T,)
-        K, one = len(self.codebook), torch.ones_like(fine, dtype=torch.float32)
-        counts = torch.zeros_like(self.moving_count).index_add_(0, fine, one)  # (K,)
+        ones = torch.ones(len(fine), device=z.device)
+        counts = torch.zeros_like(self.moving_count).index_add_(0, fine, ones)  # (K,)
         sums = torch.zeros_like(self.moving_sum).index_add_(0, fine, vectors)  # (K, d)
         self.moving_count.lerp_(counts, 1 - decay)
         self.moving_sum.lerp_(sums, 1 - decay)
+        # Each code gets a candidate. Only the dead ones use it: to count them first
+        # would be to wait for a GPU.
         mean = self.moving_count.mean()
-        is_dead = self.moving_count < dead_below * mean
-        chosen = torch.from_numpy(rng.integers(len(vectors), size=K)).to(z.device)
-        new = vectors[chosen]
+        is_dead = self.moving_count < dead_below * mean  # (K,)
+        chosen = torch.from_numpy(rng.integers(len(vectors), size=len(is_dead)))
+        candidates = vectors[chosen.to(z.device)]  # (K, d)
+        new_sum = torch.where(is_dead[:, None], mean * candidates, self.moving_sum)
         self.moving_count.copy_(torch.where(is_dead, mean, self.moving_count))
-        self.moving_sum.copy_(
-            torch.where(is_dead[:, None], mean * new, self.moving_sum)
-        )
-        self.codebook.copy_(F.normalize(self.moving_sum, dim=1))
+        self.moving_sum.copy_(new_sum)
+        self.codebook.copy_(F.normalize(new_sum, dim=1))
 
-    def usage(self):
-        """(percent of the codes in use, perplexity), from the EMA counts.
-
-        In use: above a tenth of the average count. Perplexity: exp(entropy of the
-        shares), K if all codes are used equally often, 1 if only one is used. A code
-        that was just re-initialised has an average count, so it counts as used.
-        """
+    def perplexity(self):
+        """The effective number of codes, exp(entropy of their shares), from the EMA
+        counts: K if all codes are chosen equally often, 1 if only one is chosen."""
         share = (self.moving_count / self.moving_count.sum()).cpu()
-        used = (share > 0.1 / len(share)).float().mean()
-        entropy = torch.special.entr(share).sum()  # the sum of -p ln p
-        return 100 * used.item(), entropy.exp().item()
+        return torch.special.entr(share).sum().exp().item()  # entr: -p ln p
 
 
 def as_rows(z):
@@ -240,8 +239,8 @@ def to_uint8(x):
 @torch.no_grad()
 def tokenize(model, images):
     """Images uint8 (N, H, W, 3) -> their fine labels int64 (N, T)."""
-    parts = [model.encode(to_float(part)) for part in images.split(model.at_once)]
-    return torch.cat([model.quantize(z)[1] for z in parts])  # 1: fine labels
+    vectors = (model.encode(to_float(part)) for part in images.split(model.at_once))
+    return torch.cat([model.quantize(z)[1] for z in vectors])  # 1: fine labels
 
 
 @torch.no_grad()
@@ -276,7 +275,7 @@ def parse_args(argv):
     add("--codebook-size", type=size, default=default.codebook_size, help="K")
     add("--code-dim", type=size, default=default.code_dim, help="d")
     add_training_flags(parser, steps=600, batch_size=128, lr=2e-3)
-    parser.set_defaults(keep=0)  # copies would have no tokens
+    parser.set_defaults(keep=0)  # no --keep as in ar_model.py: a copy has no tokens
     args = parser.parse_args(argv)
     if args.image_size % args.downsample:
         parser.error(f"--image-size must be a multiple of {args.downsample}")
@@ -288,7 +287,10 @@ def main(argv=None):
     device = pick_device(args.device)
     path = args.out / "tokenizer.pt"
     earlier = earlier_run(path, args)
-    train_set, test_set, class_names = read_images(args.data, args.image_size, args.out)
+    out = args.out.resolve()
+    if args.data not in DATA_SETS and Path(args.data).resolve() in (out, *out.parents):
+        fail(f"--out {args.out} lies in --data {args.data}: choose another folder")
+    train_set, test_set, class_names = read_images(args.data, args.image_size)
     # So that the first n images are a fair sample of all classes.
     train_set, test_set = interleave(train_set), interleave(test_set)
     images_id = short_hash(*train_set, *test_set)  # load refuses other images
@@ -302,10 +304,6 @@ def main(argv=None):
     model = VQVAE(config).to(device)
     optimizer = adamw(model)
     checkpoint = start(earlier, model, optimizer, args, images_id=images_id)
-    facts = {"class_names": class_names, "images_id": images_id}
-    sets = {"train": tuple(train_set), "test": tuple(test_set)}
-    data = Path(args.data).resolve().name  # the name of a folder given as ".", too
-    save(args.out / "images.pt", **sets, **facts, data=data)
     train_set, test_set = train_set.to(device), test_set.to(device)
     if args.compile:
         model.compile()
@@ -325,38 +323,32 @@ def main(argv=None):
         norm = update(model, optimizer, loss, step, args)
         model.update_codebook(z.detach(), fine, rng)
         if record(checkpoint, loss, norm, began, bar, args):
-            scores = test_scores(model, test_set.x[:1000])
+            some = test_set.x[:1000]
+            with autocast(device):
+                quality = psnr(some, reconstruct(model, tokenize(model, some)))
+            scores = {"psnr": quality, "perplexity": model.perplexity()}
             checkpoint["codebook_id"] = short_hash(model.codebook)
             save_checkpoint(path, model, optimizer, checkpoint, args, scores)
 
     # Without autocast: the labels in tokens.pt come from a float32 encoder.
     fine, test_fine = tokenize(model, train_set.x), tokenize(model, test_set.x)
-    save(
-        args.out / "tokens.pt",
-        train=(fine.cpu(), train_set.y.cpu()),
-        test=(test_fine.cpu(), test_set.y.cpu()),
-        grid=model.grid,
-        codebook_size=args.codebook_size,
-        codebook_id=short_hash(model.codebook),
-        **facts,
-    )
+    facts = {"class_names": class_names, "images_id": images_id}
+    data = Path(args.data).resolve().name  # the name of a folder given as ".", too
+    y, test_y = train_set.y.cpu(), test_set.y.cpu()
+    images = {"train": (train_set.x.cpu(), y), "test": (test_set.x.cpu(), test_y)}
+    save(args.out / "images.pt", **images, data=data, **facts)
+    tokens = {"train": (fine.cpu(), y), "test": (test_fine.cpu(), test_y)}
+    facts |= {"grid": model.grid, "codebook_size": args.codebook_size}
+    facts["codebook_id"] = short_hash(model.codebook)
+    save(args.out / "tokens.pt", **tokens, **facts)
     reconstructions = reconstruct(model, test_fine)
     quality = psnr(test_set.x, reconstructions)
     share = len(test_fine.unique()) / args.codebook_size
     print(f"test images: {quality:.2f} dB, {share:.1%} of the codes occur in them")
-    plot_path, history = path.with_suffix(".png"), checkpoint["history"]
-    plot(plot_path, history, test_set.x, reconstructions, args.codebook_size)
+    rows = {"test images": test_set.x[:12], "reconstructions": reconstructions[:12]}
+    plot_rows(args.out / "tokenizer.png", f"{quality:.1f} dB (PSNR)", rows)
     print(f"wrote images.pt, tokenizer.pt, tokens.pt and tokenizer.png to {args.out}")
     print(f"{checkpoint['seconds']:.0f} s of training")
-
-
-def test_scores(model, images):
-    """A dict: the PSNR in dB of images uint8 (N, H, W, 3), the usage of the codebook in
-    percent, and its perplexity."""
-    with autocast(images.device):
-        quality = psnr(images, reconstruct(model, tokenize(model, images)))
-    used, perplexity = model.usage()
-    return {"psnr": quality, "usage": used, "perplexity": perplexity}
 
 
 # ------------------------------------------------------------------------------- Images
@@ -373,7 +365,8 @@ class Examples(NamedTuple):
         return Examples(self.x.to(device), self.y.to(device))
 
     def batch(self, rng, size):
-        """size examples, each chosen uniformly at random by rng, a numpy Generator."""
+        """size examples, each chosen uniformly at random, with replacement, by rng, a
+        numpy Generator."""
         which = torch.from_numpy(rng.integers(len(self.x), size=size))
         which = which.to(self.x.device)
         return Examples(self.x[which], self.y[which])
@@ -383,9 +376,9 @@ def interleave(examples):
     """The same Examples in an order in which the classes alternate: for every n, the
     first n have the classes in the proportions of the whole set, up to a few images."""
     due = torch.empty(len(examples.y), dtype=torch.float64)
-    for number, count in enumerate(examples.y.bincount()):
+    for y, count in enumerate(examples.y.bincount()):
         # The place of example j of a class in the new order, as a fraction 0..1.
-        due[examples.y == number] = (torch.arange(count) + 0.5).double() / count
+        due[examples.y == y] = (torch.arange(count) + 0.5).double() / count
     order = due.argsort(stable=True)
     return Examples(examples.x[order], examples.y[order])
 
@@ -394,19 +387,17 @@ DATA_SETS = "glyphs", "mnist", "fashion_mnist", "cifar10"
 LAYOUT = "DATA/train/CLASS/* and DATA/test/CLASS/* (or val), or DATA/CLASS/*"
 
 
-def read_images(data, image_size, out):
+def read_images(data, image_size):
     """All images of a data set: (training Examples, test Examples, class names).
 
     data: one of DATA_SETS, or a folder laid out as LAYOUT says. Images are uint8
-    (N, image_size, image_size, 3). The folder of artifacts, out, must not lie in data.
+    (N, image_size, image_size, 3).
     """
     if data == "glyphs":
         train_set = Examples(*paint_glyphs(20_000, image_size, seed=0))
         test_set = Examples(*paint_glyphs(5_000, image_size, seed=1))
         return train_set, test_set, list("0123456789")
     if data not in DATA_SETS:
-        if Path(data).resolve() in (out.resolve(), *out.resolve().parents):
-            fail(f"--out {out} lies in --data {data}: choose another folder")
         return read_folder(Path(data), image_size)
     names = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
     if image_size != 32:
@@ -513,8 +504,8 @@ def paint_glyphs(count, image_size, seed):
     """Bright digits on dark gradients, slightly rotated, slanted, zoomed and shifted.
 
     Returns images uint8 (count, H, W, 3) and their digits int64 (count,). Every digit
-    occurs equally often, if count is a multiple of 10. The same seed and count paint the same images (up to the
-    rounding of the CPU). All seeds share the fonts.
+    occurs equally often, if count is a multiple of 10. The same seed and count paint
+    the same images (up to the rounding of the CPU). All seeds share the fonts.
     """
     rng = np.random.default_rng((seed, count))
     y = torch.from_numpy(rng.permutation(np.arange(count) % 10))
@@ -572,38 +563,6 @@ def glyph_masters(size):
     return masters
 
 
-# -------------------------------------------------------------------------- The picture
-
-
-def plot(path, history, images, reconstructions, K):
-    """tokenizer.png: test images and their reconstructions, and the training curves.
-
-    images and reconstructions uint8 (N, H, W, 3); K is the size of the codebook.
-    """
-    n = min(12, len(images))
-    both = torch.cat([images[:n], reconstructions[:n]]).cpu().numpy()
-    measured = history["test"]
-    steps = [row["step"] for row in measured]
-    with picture(path, 12, 6) as figure:
-        pictures, curves = figure.subfigures(2, 1, height_ratios=[2, 3])
-        pictures.suptitle("test images (above) and their reconstructions (below)")
-        for ax, image in zip(pictures.subplots(2, n).flat, both):
-            ax.imshow(image)
-            ax.axis("off")
-        loss, quality, codes = curves.subplots(1, 3)
-        loss.semilogy(range(1, len(history["loss"]) + 1), history["loss"])
-        loss.yaxis.set_major_formatter("{x:g}")
-        loss.set(title="training loss", ylabel="squared error + 0.25 commitment")
-        quality.plot(steps, [row["psnr"] for row in measured], marker=".")
-        quality.set(title="reconstruction of test images", ylabel="PSNR, dB")
-        codes.plot(steps, [row["perplexity"] for row in measured], marker=".")
-        codes.axhline(K, color="grey", ls=":", label=f"all {K} codes equally often")
-        codes.set(title="effective number of codes", ylabel="perplexity", ylim=0)
-        codes.legend()
-        for ax in (loss, quality, codes):
-            ax.set_xlabel("step")
-
-
 # -------------------------------------------------- Shared by all scripts: the training
 
 
@@ -638,7 +597,8 @@ def update(model, optimizer, loss, step, args):
 
 
 def record(checkpoint, loss, norm, began, bar, args):
-    """Add a step to checkpoint: its number, loss and seconds. Returns whether it is
+    """Add a step to checkpoint: its number, loss and seconds (without measuring and
+    saving). Returns whether it is
     time to measure and save: every --save-every steps, at the end, and when a copy of
     --keep is due. Ends the script if norm, the gradient norm, is not finite."""
     # The only line of a step that waits for a GPU.
@@ -647,7 +607,7 @@ def record(checkpoint, loss, norm, began, bar, args):
         where = f"the gradient norm of step {checkpoint['step']} is {norm}"
         fail(f"{where}: try a lower --lr (the last save, if there was one, is intact)")
     checkpoint["history"]["loss"].append(loss)
-    if checkpoint["step"] > bar.initial:  # the first step of a run warms up
+    if checkpoint["step"] > bar.initial:  # the first step is not timed: it warms up
         checkpoint["seconds"] += time.perf_counter() - began
     checkpoint["step"] += 1
     step = checkpoint["step"]
@@ -658,12 +618,12 @@ def record(checkpoint, loss, norm, began, bar, args):
 def copy_due(step, args):
     """Which of the --keep evenly spaced copies is due after this step; 0 if none is.
     With --keep 3 in 600 steps: 1, 2, 3 after steps 200, 400, 600."""
-    number, rest = divmod(step * args.keep, args.steps)
-    return number if rest < args.keep else 0
+    index, rest = divmod(step * args.keep, args.steps)
+    return index if rest < args.keep else 0
 
 
 def copies(path):
-    """The files that --keep wrote for the run in path: kept-01/NAME, kept-02/NAME ..."""
+    """The files that --keep wrote for the run in path: kept-01/NAME, kept-02/NAME."""
     found = sorted(path.parent.glob(f"kept-*/{path.name}"))
     return [copy for copy in found if copy.parent.name[len("kept-") :].isdecimal()]
 
@@ -682,8 +642,8 @@ def earlier_run(path, args):
         return None
     ways = "--overwrite begins anew, another --out keeps both"
     if path.exists():
-        run = load(path.parent, path.name)
-        done = f"step {run['step']} of {run['settings']['steps']}"
+        found = load(path.parent, path.name)
+        done = f"step {found['step']} of {found['settings']['steps']}"
         fail(f"{path} holds a run ({done}): --resume continues it, {ways}")
     if kept := copies(path):
         fail(f"{kept[0]} is a copy of an earlier run: {ways}")
@@ -691,12 +651,17 @@ def earlier_run(path, args):
 
 
 def start(earlier, model, optimizer, args, **ids):
-    """The checkpoint from which training starts, without model and optimizer. If there
-    is an earlier run, its weights are loaded into model and optimizer. Fails if that
-    run had other flags or other ids, which identify what the model is trained on."""
-    # (The data are known by their images_id.)
-    free = "out", "data", "device", "save_every", "keep", "resume", "overwrite"
-    free += ("compile",)
+    """The checkpoint from which training starts. If there is an earlier run, its states
+    are loaded into model and optimizer. Fails if that run had other flags or other ids.
+
+    A checkpoint is a dict: config (the fields of the model's config); settings (the
+    flags and ids, for --resume); the ids, which identify what the model is trained on;
+    step; seconds; and history, {"loss": [one per step], "test": [a dict per save]}.
+    save_checkpoint adds model and optimizer, their states, and weights_id.
+    """
+    # What may change when a run is resumed. (The data are known by their images_id.)
+    free = ["out", "data", "device", "save_every", "keep", "compile"]
+    free += ["resume", "overwrite"]
     settings = {k: v for k, v in vars(args).items() if k not in free} | ids
     if earlier is None:
         history = {"loss": [], "test": []}
@@ -718,16 +683,15 @@ def save_checkpoint(path, model, optimizer, checkpoint, args, scores):
     scripts and --resume need; also a copy of --keep, if one is due."""
     step, rows = checkpoint["step"], checkpoint["history"]["test"]
     rows.append({"step": step, "seconds": checkpoint["seconds"], **scores})
-    if len(rows) == 1:  # --overwrite: the first save replaces a run, and its copies
-        for copy in copies(path):
-            copy.unlink()
     states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     weights_id = short_hash(*states["model"].values())
-    paths = [path]
-    if number := copy_due(step, args):
-        paths.append(path.parent / f"kept-{number:02d}" / path.name)
-    for each in paths:
-        save(each, **states, weights_id=weights_id, **checkpoint)
+    everything = states | {"weights_id": weights_id} | checkpoint
+    save(path, **everything)
+    if len(rows) == 1:  # a new run: with --overwrite, the copies of the old one go, too
+        for copy in copies(path):
+            copy.unlink()
+    if index := copy_due(step, args):
+        save(path.parent / f"kept-{index:02d}" / path.name, **everything)
     text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
     tqdm.write(f"step {step}, on test images: {text}")
 
@@ -783,9 +747,6 @@ def load(out, name, mmap=True, **ids):
         if artifact.get(key) != value:
             differs = f"{key} {artifact.get(key)}, not {value}"
             fail(f"{path} does not belong here ({differs}): run python {again}")
-    if "step" in artifact and artifact["step"] < artifact["settings"]["steps"]:
-        steps = artifact["settings"]["steps"]
-        print(f"{path} is unfinished: step {artifact['step']} of {steps}")
     for split in {"train", "test"} & artifact.keys():
         artifact[split] = Examples(*artifact[split])
     return artifact | {"path": path}
@@ -798,7 +759,11 @@ def load_tokenizer(out, device):
 
 
 def restore(model, artifact, device):
-    """model in eval mode on device, with the weights of artifact."""
+    """model in eval mode on device, with the weights of artifact. Says so if these are
+    of an unfinished training."""
+    if "step" in artifact and artifact["step"] < artifact["settings"]["steps"]:
+        step, steps = artifact["step"], artifact["settings"]["steps"]
+        print(f"{artifact['path']} is unfinished: step {step} of {steps}")
     model.load_state_dict(artifact["model"])
     return model.eval().to(device)
 
@@ -831,6 +796,20 @@ def picture(path, width, height):
         figure.savefig(path, bbox_inches="tight", dpi=110)
 
 
+def plot_rows(path, title, rows):
+    """A row of images for each of rows, {name: images uint8 (n, H, W, 3)}."""
+    columns = max(len(row) for row in rows.values())
+    with picture(path, 2 + columns, 0.5 + len(rows)) as figure:
+        figure.suptitle(title)
+        grid = figure.subplots(len(rows), columns, squeeze=False)
+        for ax in grid.flat:
+            ax.set(xticks=[], yticks=[], frame_on=False)
+        for axes, (name, row) in zip(grid, rows.items()):
+            axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
+            for ax, image in zip(axes, row.cpu().numpy()):
+                ax.imshow(image)
+
+
 # ------------------------------------------------------- Shared: flags and the device
 
 
@@ -855,9 +834,10 @@ def add_training_flags(parser, steps, batch_size, lr):
     add("--lr", type=number(float, 1e-9), default=lr, help="peak learning rate")
     what = "steps between evaluations and saves"
     add("--save-every", type=number(int, 1), default=200, help=what)
+    add("--compile", action="store_true", help="use torch.compile: for long GPU runs")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="continue the run in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
-    add("--compile", action="store_true", help="use torch.compile: for long GPU runs")
 
 
 def number(kind, least, most=1e9):
@@ -865,7 +845,7 @@ def number(kind, least, most=1e9):
 
     def parse(text):
         value = kind(text)
-        if not least <= value <= most:  # nor nan
+        if not least <= value <= most:  # nan, too
             message = f"{text} is not in {least:g} .. {most:g}"
             raise argparse.ArgumentTypeError(message)
         return value

@@ -1,6 +1,6 @@
-"""Tiny inputs for the tests of each stage, made without running any other stage."""
+"""Tiny inputs for the tests of each script, made without running any other script."""
 
-import inspect
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -16,6 +16,9 @@ from PIL import Image
 
 import ar_model
 import aux_model
+import cluster
+import evaluate
+import sample
 import tokenizer
 
 torch.set_num_threads(1)  # tiny tensors: threads only cost time
@@ -46,6 +49,15 @@ def quick_pictures(monkeypatch):
     monkeypatch.setattr(
         tokenizer.Figure, "savefig", lambda self, path, **how: path.write_text("drawn")
     )
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Pictures are not even made."""
+    for script in (tokenizer, cluster, ar_model, aux_model, sample, evaluate):
+        for name in dir(script):
+            if name.startswith("plot"):
+                monkeypatch.setattr(script, name, lambda *_: None)
 
 
 def pictures(rng, count):
@@ -85,14 +97,15 @@ def out(tmp_path):
         "tokenizer.pt",
         model=model.state_dict(),
         config=vars(model.config),
-        step=7,
-        settings={"steps": 7},
+        step=5,
+        settings={"steps": 5},
         weights_id="weights-of-vqvae",
     )
+    random = torch.Generator().manual_seed(2)
     write(
         "tokens.pt",
-        train=(torch.randint(K, (36, T)), train[1]),
-        test=(torch.randint(K, (24, T)), test[1]),
+        train=(torch.randint(K, (36, T), generator=random), train[1]),
+        test=(torch.randint(K, (24, T), generator=random), test[1]),
         grid=(4, 4),
         codebook_size=K,
     )
@@ -105,22 +118,28 @@ def out(tmp_path):
 def trained(out):
     """out with coarse.pt, baseline.pt and fine.pt of random numbers as well."""
 
-    def write(name, model):
-        artifact = IDS | {"step": 7, "seconds": 1.5, "settings": {"steps": 7}}
-        artifact |= {"model": noisy(model).state_dict(), "config": vars(model.config)}
-        torch.save(artifact | {"weights_id": f"weights-of-{name}"}, out / f"{name}.pt")
+    def write(name, model, steps, seconds):
+        artifact = IDS | {"model": noisy(model).state_dict(), "seconds": seconds}
+        artifact |= {"config": vars(model.config), "weights_id": f"weights-of-{name}"}
+        artifact |= {"step": steps, "settings": {"steps": steps}}
+        torch.save(artifact, out / f"{name}.pt")
 
-    for name, vocabulary in (("coarse", M), ("baseline", K)):
-        config = ar_model.ARConfig(vocabulary, CLASSES, [4, 4], 1, 16, 2)
-        write(name, ar_model.ARModel(config))
+    for name, V, *run in (("coarse", M, 7, 1.5), ("baseline", K, 9, 2.5)):
+        config = ar_model.ARConfig(V, CLASSES, [4, 4], 1, 16, 2)
+        write(name, ar_model.ARModel(config), *run)
     config = aux_model.AuxConfig(M, K, CLASSES, [4, 4], 1, 16, 2)
-    write("fine", aux_model.AuxModel(config, G))
+    write("fine", aux_model.AuxModel(config, G), 11, 4.0)
     return out
 
 
 def edit(path, **changes):
     """Change entries of an artifact."""
     torch.save(torch.load(path, weights_only=True) | changes, path)
+
+
+def contents(folder):
+    """{path: bytes} of every file below folder."""
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def noisy(model):
@@ -147,125 +166,21 @@ def error_of(capsys, main, *argv):
     return code, message[0]
 
 
-def same_weights(a, b):
-    """Whether two artifacts hold exactly the same model."""
-    one, two = (torch.load(p, weights_only=True)["model"] for p in (a, b))
-    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+def on_backward(monkeypatch, act):
+    """From now on loss.backward() is act(step, loss).backward(). Steps are counted from
+    0. act may also raise, as Ctrl-C does."""
+    steps, backward = itertools.count(), torch.Tensor.backward
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda loss: backward(act(next(steps), loss))
+    )
 
 
-def interrupt_at(monkeypatch, step):
-    """Ctrl-C in this step of a training loop."""
-    original = tokenizer.learning_rate
+def ctrl_c(at):
+    """For on_backward: Ctrl-C in this step."""
 
-    def learning_rate(now, *args):
-        if now == step:
+    def act(step, loss):
+        if step == at:
             raise KeyboardInterrupt
-        return original(now, *args)
+        return loss
 
-    monkeypatch.setattr(tokenizer, "learning_rate", learning_rate)
-
-
-def check_resume(monkeypatch, module, name, command, out, other_out):
-    """A run that Ctrl-C stops in step 3, then --resume, ends as an undisturbed run."""
-    command = [*command, "--save-every", "2"]
-    module.main([*command, "--out", str(out)])
-    with monkeypatch.context() as context:
-        interrupt_at(context, 3)
-        with pytest.raises(KeyboardInterrupt):
-            module.main([*command, "--out", str(other_out)])
-    assert torch.load(other_out / name, weights_only=True)["step"] == 2
-    assert not same_weights(out / name, other_out / name)
-    module.main([*command, "--out", str(other_out), "--resume"])
-    assert same_weights(out / name, other_out / name)
-    one, other = (torch.load(o / name, weights_only=True) for o in (out, other_out))
-    assert one["history"]["loss"] == other["history"]["loss"]
-    assert one["weights_id"] == other["weights_id"]
-
-
-def spy(monkeypatch, owner, name):
-    """The arguments {parameter: value} of every call of owner.name from now on, in a
-    list; "grad" says whether it was a call to learn from. It works as before."""
-    calls, original = [], getattr(owner, name)
-
-    def watched(*args, **kwargs):
-        bound = inspect.signature(original).bind(*args, **kwargs)
-        bound.apply_defaults()
-        calls.append(bound.arguments | {"grad": torch.is_grad_enabled()})
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, watched)
-    return calls
-
-
-def places(rows, everything):
-    """Where each of rows (n, ...) stands in everything (N, ...), -1 if nowhere."""
-    equal = (rows[:, None] == everything[None]).flatten(2).all(dim=2)  # (n, N)
-    return torch.where(equal.any(dim=1), equal.int().argmax(dim=1), -1)
-
-
-def check_schedule(monkeypatch, module, command, path):
-    """What is the same in all trainings: flags, schedule, clipping, clock, checkpoint.
-
-    command: flags but for --steps, --lr, --seed, --save-every and --batch-size.
-    """
-    rates = spy(monkeypatch, tokenizer, "learning_rate")
-    clipped = spy(monkeypatch, torch.nn.utils, "clip_grad_norm_")
-    flags = ["--steps", "6", "--lr", "0.02", "--seed", "3", "--save-every", "4"]
-    with monkeypatch.context() as context:
-        interrupt_at(context, 4)  # the first save is after step 4
-        with pytest.raises(KeyboardInterrupt):
-            module.main([*command, *flags, "--batch-size", "5"])
-    before = torch.load(path, weights_only=True)
-    module.main([*command, *flags, "--batch-size", "5", "--resume"])
-    after = torch.load(path, weights_only=True)
-    assert [call["step"] for call in rates] == [0, 1, 2, 3, 4, 5]  # none twice
-    assert {(call["steps"], call["peak"]) for call in rates} == {(6, 0.02)}
-    group = after["optimizer"]["param_groups"][0]
-    assert group["lr"] == tokenizer.learning_rate(5, 6, 0.02)
-    assert [call["max_norm"] for call in clipped] == [1.0] * 6
-    assert [row["step"] for row in after["history"]["test"]] == [4, 6]
-    assert len(after["history"]["loss"]) == after["step"] == 6
-    seconds = [0, before["seconds"]]
-    seconds += [row["seconds"] for row in after["history"]["test"]]
-    assert seconds == sorted(seconds) and after["seconds"] == seconds[-1] > seconds[1]
-    used = {"steps": 6, "lr": 0.02, "seed": 3, "batch_size": 5}
-    assert used.items() <= after["settings"].items()
-
-
-def check_batches(batches, number, size):
-    """batches of places in the training set: of size, all within, no two the same."""
-    assert len(batches) == number and all(len(batch) == size for batch in batches)
-    assert min(batch.min() for batch in batches) >= 0, "not of the training set"
-    assert len({tuple(batch.tolist()) for batch in batches}) == number
-
-
-def check_what_is_learnt_from(monkeypatch, module, command, sets, losses, means):
-    """Training sees pairs of the training set, some classes null; measuring sees the
-    test set.
-
-    sets: (training, test) Examples; losses, means: names of the functions in module
-    that take tokens and y, and in which argument the tokens are.
-    """
-    loss_name, tokens_name = losses
-    mean_name, mean_tokens = means
-    learnt = spy(monkeypatch, module, loss_name)
-    measured = spy(monkeypatch, module, mean_name)
-    train_set, test_set = sets
-    batches, classes = [], []
-    for seed in ("0", "1"):
-        learnt.clear()
-        flags = ["--steps", "8", "--seed", seed, "--save-every", "5"]
-        module.main([*command, *flags, "--batch-size", "9"])
-        for call in learnt:
-            if call["grad"]:
-                where = places(call[tokens_name], train_set.x)
-                batches.append(where)
-                y, real = call["y"], train_set.y[where]
-                assert ((y == real) | (y == CLASSES)).all(), "classes of other images"
-                classes += y.tolist()
-    check_batches(batches, 16, 9)
-    assert 0.02 < classes.count(CLASSES) / len(classes) < 0.3  # a tenth is dropped
-    assert len(measured) == 4  # after 5 and 8 steps, two seeds
-    for call in measured:
-        assert torch.equal(call[mean_tokens], test_set.x)
-        assert torch.equal(call["y"], test_set.y)
+    return act

@@ -1,30 +1,16 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    IDS,
-    SIZES,
-    G,
-    K,
-    M,
-    check_resume,
-    check_schedule,
-    check_what_is_learnt_from,
-    edit,
-    error_of,
-    noisy,
-    same_weights,
-)
+from conftest import CLASSES, IDS, SIZES, G, K, M, T, edit, noisy
 from scipy.stats import chisquare
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ar_model
-from ar_model import ARConfig, ARModel, Block, Cache, filter_logits, generate, guide
-from tokenizer import Examples, load_examples
+import tokenizer
+from ar_model import ARConfig, ARModel, Sampling, filter_logits, generate
 
-TINY = [*SIZES, "--batch-size", "4", "--save-every", "100"]
 CONFIG = ARConfig(11, 3, [3, 4], layers=2, dim=32, heads=4)
 Y = torch.tensor([0, 1, 2, 3, 1])  # 3 is the null class
 
@@ -39,23 +25,82 @@ def tokens():
     return torch.randint(11, (5, 12), generator=torch.Generator().manual_seed(0))
 
 
-# -------------------------------------------------------------------------------- model
+def gradients_of(model):
+    """A list that says, after each call of model, whether it kept what a gradient
+    needs, which costs memory."""
+    kept = []
+    hook = lambda module, args, x: kept.append(x.requires_grad or x.is_inference())
+    model.norm.register_forward_hook(hook)
+    return kept
 
 
-@pytest.mark.parametrize(
-    ("sizes", "fine", "coarse"),
-    [
-        ((12, 768, 12), 110.89, 86.51),
-        ((24, 1024, 16), 342.91, 310.41),
-        ((36, 1280, 20), 774.70, 734.07),
-    ],
-)
-def test_parameters_at_the_papers_sizes(sizes, fine, coarse):
-    for vocabulary, millions in ((16384, fine), (512, coarse)):
-        with torch.device("meta"):  # counts, but no memory
-            model = ARModel(ARConfig(vocabulary, 1000, [16, 16], *sizes))
-        count = sum(p.numel() for p in model.parameters())
-        assert round(count / 1e6, 2) == millions
+# ---------------------------------------------------------------------------- the model
+
+
+def test_constants_of_the_papers():
+    # Sizes B, L and XL: millions of parameters over 16384 and over 512 labels.
+    table = {(12, 768, 12): (110.89, 86.51), (24, 1024, 16): (342.91, 310.41)}
+    table |= {(36, 1280, 20): (774.70, 734.07)}
+    for sizes, millions in table.items():
+        for V, wanted in zip((16384, 512), millions):
+            with torch.device("meta"):  # counts, but no memory
+                model = ARModel(ARConfig(V, 1000, [16, 16], *sizes))
+            count = sum(p.numel() for p in model.parameters())
+            assert round(count / 1e6, 2) == wanted
+    # SwiGLU: 8/3 dim, rounded up to a multiple of 256 (LlamaGen) or, below 512, of 64.
+    hidden = {16: 64, 128: 384, 256: 704, 448: 1216, 512: 1536, 1024: 2816, 1280: 3584}
+    with torch.device("meta"):
+        found = {
+            dim: ar_model.Block(dim, 4, causal=True).down.in_features for dim in hidden
+        }
+    assert found == hidden
+    # A first loss of exactly ln V: a head of zeros; all others with std 0.02.
+    model = ARModel(ARConfig(400, 100, [3, 4], layers=1, dim=64, heads=4))
+    for name, weight in model.named_parameters():
+        wanted = 0 if name == "head.weight" else 0.02
+        if weight.ndim == 2:
+            assert weight.std().item() == pytest.approx(wanted, rel=0.05), name
+            assert abs(weight.mean()) < 0.001, name
+        else:
+            assert (weight == 1).all(), name
+    # RMSNorm with eps = 1e-5 (Llama): x / sqrt(mean x^2 + eps), where x^2 is only 1e-5.
+    x, half = torch.full((1, 64), 1e-5**0.5), torch.full((1, 64), 0.5**0.5)
+    for norm in (model.norm, model.blocks[0].attention_norm, model.blocks[0].mlp_norm):
+        torch.testing.assert_close(norm(x), half)
+    # A tenth of the classes is dropped (LlamaGen).
+    y = torch.arange(5).repeat(8000)
+    dropped = ar_model.drop_classes(y, 5, np.random.default_rng(0))
+    assert torch.equal(y, torch.arange(5).repeat(8000)), "the caller's were modified"
+    assert ((dropped == y) | (dropped == 5)).all()
+    assert (dropped == 5).float().mean().item() == pytest.approx(0.1, abs=0.005)
+
+
+def test_logits_and_rotations_are_float32_under_bfloat16_autocast(model, tokens):
+    rotary = ar_model.rotary_table((3, 4), 8)
+    x = torch.randn(13, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, turned = model(tokens[:, :-1], Y), ar_model.rotate(x, rotary)
+    assert logits.dtype == rotary.dtype == torch.float32
+    assert turned.dtype == torch.bfloat16, "the dtype of x"
+    assert torch.equal(turned, ar_model.rotate(x.float(), rotary).bfloat16())
+
+
+def test_three_steps_of_training_have_these_losses():
+    model = ARModel(CONFIG)
+    with torch.no_grad():
+        for p in model.parameters():
+            wave = torch.arange(p.numel()).sin().view_as(p)
+            p.copy_(0.3 * wave if p.ndim == 2 else 1 + 0.3 * wave)
+    tokens, optimizer = (
+        (torch.arange(60) * 7 // 3 % 11).view(5, 12),
+        tokenizer.adamw(model),
+    )
+    losses = []
+    for step in range(3):
+        loss = ar_model.next_token_loss(model, tokens, Y)
+        tokenizer.update(model, optimizer, loss, step, SimpleNamespace(steps=3, lr=0.2))
+        losses.append(loss.item())
+    assert losses == pytest.approx([2.30980, 1.97832, 1.68223], abs=1e-4)
 
 
 def test_future_tokens_do_not_change_past_logits(model, tokens):
@@ -68,21 +113,8 @@ def test_future_tokens_do_not_change_past_logits(model, tokens):
         torch.testing.assert_close(other[:, : t + 1], logits[:, : t + 1])
         moved = (other - logits).abs().amax(dim=(0, 2))  # (T,)
         assert moved[t + 1 :].min() > 1e-3, "all later logits must depend on token t"
-
-
-def test_without_the_mask_every_token_sees_all():
-    torch.manual_seed(0)
-    block, x = noisy(Block(16, heads=2, causal=False)), torch.randn(3, 5, 16)
-    rotary = ar_model.rotary_table((2, 2), 8)
-    changed = x.clone()
-    changed[:, 4] += 1
-    moved = (block(changed, rotary) - block(x, rotary)).abs().amax(dim=(0, 2))
-    assert moved.min() > 1e-4, "causal=False: earlier tokens must see the last one too"
-
-
-def test_every_position_sees_the_class(model, tokens):
-    logits, other = (model(tokens[:, :-1], y) for y in (Y, (Y + 1) % 4))
-    assert (other - logits).abs().amax(dim=2).min() > 1e-3
+    other = model(tokens[:, :-1], (Y + 1) % 4)
+    assert (other - logits).abs().amax(dim=2).min() > 1e-3, "all depend on the class"
 
 
 class KeptKeys:
@@ -95,9 +127,10 @@ class KeptKeys:
         return self.k, self.v
 
 
-def test_attention_against_the_formula():
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_against_the_formula(causal):
     torch.manual_seed(0)
-    block, x = noisy(Block(16, heads=2, causal=True)), torch.randn(3, 5, 16)
+    block, x = noisy(ar_model.Block(16, 2, causal)), torch.randn(3, 5, 16)
     rotary = ar_model.rotary_table((2, 2), 8)
 
     def rms_norm(x, gain):
@@ -110,19 +143,20 @@ def test_attention_against_the_formula():
         for head in (slice(0, 8), slice(8, 16)):
             for i in range(5):
                 query = ar_model.rotate(q[b, i : i + 1, head], rotary[:, i : i + 1])
-                keys = ar_model.rotate(k[b, : i + 1, head], rotary[:, : i + 1])
+                n = i + 1 if causal else 5  # how many tokens it sees
+                keys = ar_model.rotate(k[b, :n, head], rotary[:, :n])
                 weights = (keys @ query[0] / 8**0.5).softmax(0)
-                mixed[b, i, head] = weights @ v[b, : i + 1, head]
+                mixed[b, i, head] = weights @ v[b, :n, head]
     h = x + mixed @ block.out.weight.T
     normed = rms_norm(h, block.mlp_norm.weight)
     gate, up = (normed @ w.T for w in block.gate_up.weight.chunk(2))
     wanted = h + (gate * torch.sigmoid(gate) * up) @ block.down.weight.T
-    message = (
-        "not x + attention, then + SwiGLU. Are the rows of qkv q, k, v? Is the gate "
-    )
-    message += "first in gate_up? Are q and k rotated, and scores divided by 8^0.5?"
+    message = "not x + attention, then + SwiGLU. Are the rows of qkv q, k, v? Is the "
+    message += "gate first in gate_up? Are q, k rotated, and scores divided by 8^0.5?"
     found = block(x, rotary)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4, msg=message)
+    if not causal:
+        return
     # The same with a cache: three tokens at once, then one by one.
     cache = KeptKeys()
     first = block(x[:, :3], rotary[:, :3], cache)
@@ -135,37 +169,16 @@ def test_attention_against_the_formula():
 
 
 def test_rotary_positions_against_complex_numbers():
-    x = torch.randn(1 + 3 * 5, 16)
+    x = torch.randn(2, 1 + 3 * 5, 16)
     turned = ar_model.rotate(x, ar_model.rotary_table((3, 5), 16))
-    torch.testing.assert_close(turned[0], x[0])  # the class token is not rotated
+    torch.testing.assert_close(turned[:, 0], x[:, 0])  # the class token is not rotated
+    pairs, found = (torch.complex(*a[:, 1:].chunk(2, dim=-1)) for a in (x, turned))
     for t in range(15):
         row, column = divmod(t, 5)
-        for i in range(8):
-            place, j = (row, i) if i < 4 else (column, i - 4)
-            angle = place * 10_000 ** (-j / 4)
-            turn = complex(math.cos(angle), math.sin(angle))
-            pair = complex(x[t + 1, i], x[t + 1, i + 8]) * turn
-            assert turned[t + 1, i].item() == pytest.approx(pair.real, abs=1e-5)
-            assert turned[t + 1, i + 8].item() == pytest.approx(pair.imag, abs=1e-5)
-
-
-def test_rotary_products_depend_on_the_offset_alone():
-    q, k = torch.randn(2, 16)
-    rotary = ar_model.rotary_table((6, 6), 16)[:, 1:].unflatten(1, (6, 6))
-
-    def product(at, other):
-        one = ar_model.rotate(q, rotary[:, at[0], at[1]])
-        return one @ ar_model.rotate(k, rotary[:, other[0], other[1]])
-
-    near = product((0, 1), (2, 4))
-    torch.testing.assert_close(product((3, 0), (5, 3)), near)
-    assert (product((3, 0), (5, 4)) - near).abs() > 1e-3
-    assert (product((3, 0), (4, 3)) - near).abs() > 1e-3
-
-
-def test_first_loss_is_that_of_a_uniform_guess(tokens):
-    loss = ar_model.next_token_loss(ARModel(CONFIG), tokens, Y)
-    assert loss.item() == pytest.approx(math.log(11), abs=1e-5)
+        places = torch.tensor([row] * 4 + [column] * 4)
+        angles = places * 10_000.0 ** -torch.tensor([0, 1 / 4, 2 / 4, 3 / 4] * 2)
+        turn = torch.polar(torch.ones(8), angles)
+        torch.testing.assert_close(found[:, t], pairs[:, t] * turn)
 
 
 def test_loss_is_the_mean_of_minus_log_p(tokens):
@@ -186,10 +199,11 @@ def test_loss_is_the_mean_of_minus_log_p(tokens):
     assert loss.requires_grad, "without a gradient nothing is learnt"
 
 
-def test_mean_loss_weighs_every_image_equally(model):
+def test_mean_loss_weighs_every_image_equally_without_gradients(model):
     tokens, y = torch.randint(11, (260, 12)), torch.randint(3, (260,))
-    whole = ar_model.next_token_loss(model, tokens, y).item()
+    whole, kept = ar_model.next_token_loss(model, tokens, y).item(), gradients_of(model)
     assert ar_model.mean_loss(model, tokens, y) == pytest.approx(whole, rel=1e-5)
+    assert not any(kept)
 
 
 # --------------------------------------------------------------------------- generation
@@ -198,7 +212,7 @@ def test_mean_loss_weighs_every_image_equally(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cache_returns_all_keys_and_values_so_far(dtype):
     k, v = torch.randn(2, 3, 2, 6, 4).to(dtype)  # (B, heads, tokens, head_dim)
-    cache = Cache(6)
+    cache = ar_model.Cache(6)
     for begin, end in ((0, 3), (3, 4), (4, 6)):  # several tokens at once, and one
         all_k, all_v = cache.extend(k[:, :, begin:end], v[:, :, begin:end])
         assert all_k.dtype == all_v.dtype == dtype, "not the dtype of the input"
@@ -206,77 +220,36 @@ def test_the_cache_returns_all_keys_and_values_so_far(dtype):
         assert torch.equal(all_v, v[:, :, :end]), "not the values so far, in order"
 
 
-def test_cached_logits_equal_those_of_the_whole_pass(model, tokens):
-    logits = model(tokens[:, :-1], Y)
-    caches = [Cache(12) for _ in model.blocks]
-    x = model.class_embedding(Y)[:, None]
-    for t in range(12):
-        step = model.transformer(x, t, caches)[:, 0]
-        torch.testing.assert_close(step, logits[:, t], rtol=1e-4, atol=1e-5)
-        x = model.token_embedding(tokens[:, t])[:, None]
-
-
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_generate_equals_generation_without_a_cache(model, scale):
     y, null = torch.tensor([0, 1, 2, 1]), torch.full((4,), 3)
-    settings = {"temperature": 0.8, "top_k": 6, "top_p": 0.9}
-    found = generate(model, y, torch.Generator().manual_seed(5), scale, **settings)
-    generator = torch.Generator().manual_seed(5)
-    tokens = torch.empty(4, 0, dtype=torch.long)
+    sampling, kept = Sampling(scale, 0.8, 6, 0.9), gradients_of(model)
+    found = generate(model, y, torch.Generator().manual_seed(5), sampling)
+    assert found.dtype == torch.int64
+    assert not any(kept), "gradients, or inference_mode: autocast casts every time"
+    generator, tokens = torch.Generator().manual_seed(5), found[:, :0]
     for _ in range(12):
-        cond, uncond = (model(tokens, classes)[:, -1] for classes in (y, null))
-        logits = guide(cond, uncond, scale) / 0.8
-        token = ar_model.draw(filter_logits(logits, 6, 0.9), generator)
+        classes = (y,) if scale == 1 else (y, null)
+        logits = torch.cat([model(tokens, c)[:, -1] for c in classes])
+        token = sampling.draw(logits.detach(), generator)
         tokens = torch.cat([tokens, token[:, None]], dim=1)
     assert torch.equal(found, tokens)
-
-
-def test_generate_depends_on_the_seed_and_top_k_1_does_not(model):
-    def run(seed, **settings):
-        generator = torch.Generator().manual_seed(seed)
-        return generate(model, torch.tensor([0, 1, 2]), generator, **settings)
-
-    assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
-    greedy = run(1, top_k=1)
-    assert torch.equal(greedy, run(2, top_k=1))
-    assert torch.equal(greedy, run(3, temperature=1e-3))
-    assert torch.equal(greedy, run(4, top_p=1e-6))
-
-
-class CountCasts(TorchDispatchMode):
-    """Counts how often each weight matrix of a model is cast to another dtype."""
-
-    def __init__(self, model):
-        super().__init__()
-        matrices = [p for p in model.parameters() if p.ndim == 2]
-        self.casts = {p.data_ptr(): 0 for p in matrices}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.casts:
-            self.casts[args[0].data_ptr()] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def test_generate_casts_each_weight_once_under_autocast(model):
-    # autocast keeps the bfloat16 copy of a weight, but not under inference_mode: there
-    # every weight would be cast again for every token.
-    with torch.autocast("cpu", torch.bfloat16), CountCasts(model) as counter:
-        tokens = generate(model, Y, torch.Generator())
-    casts = list(counter.casts.values())
-    assert sum(casts) == 4 * 2 + 1  # four matrices per layer, and the head
-    assert max(casts) == 1, "a weight is cast more than once for 12 tokens"
-    assert not tokens.is_inference() and not tokens.requires_grad
+    torch.manual_seed(7)  # all randomness comes from generator
+    again = generate(model, y, torch.Generator().manual_seed(5), sampling)
+    assert torch.equal(again, found)
+    other = generate(model, y, torch.Generator().manual_seed(6), sampling)
+    assert not torch.equal(other, found)
 
 
 def test_guidance_formula():
     cond, uncond = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 1.0])
-    assert torch.equal(guide(cond, uncond, 1.0), cond), "scale 1 is off"
-    assert torch.equal(guide(cond, uncond, 0.0), uncond), "scale 0 ignores the class"
-    for scale, wanted in ((3.0, [2.0, -8.0]), (0.5, [0.75, -0.5])):
-        assert guide(cond, uncond, scale).tolist() == wanted, f"at scale {scale}"
+    table = {1.0: [1.0, -2.0], 0.0: [0.5, 1.0], 3.0: [2.0, -8.0], 0.5: [0.75, -0.5]}
+    for scale, wanted in table.items():
+        found = ar_model.guide(cond, uncond, scale).tolist()
+        assert found == pytest.approx(wanted), f"at scale {scale}"
 
 
-def test_top_k_keeps_the_k_largest():
+def test_top_k_keeps_exactly_the_k_largest():
     logits = torch.randn(4, 9)
     for k in (1, 3, 8):
         for before, after in zip(logits, filter_logits(logits, top_k=k)):
@@ -290,8 +263,9 @@ def test_top_k_keeps_the_k_largest():
     for k in (0, 9, 10, 1000):  # off, V, and more than V
         assert torch.equal(filter_logits(logits, top_k=k), logits)
     for shape in ((9,), (2, 3, 9)):  # logits of a single token, and those of stage 2
-        kept = filter_logits(torch.randn(shape), top_k=2).isfinite().sum(dim=-1)
-        assert (kept == 2).all(), f"2 of each row of logits {shape} must be kept"
+        for logits in (torch.randn(shape), torch.ones(shape)):
+            kept = filter_logits(logits, top_k=2).isfinite().sum(dim=-1)
+            assert (kept == 2).all(), f"2 of each row of logits {shape} must be kept"
 
 
 def test_top_p_keeps_the_fewest_that_reach_p():
@@ -305,12 +279,12 @@ def test_top_p_keeps_the_fewest_that_reach_p():
                 wanted.add(i)
                 total += probability[i].item()
             assert set(after.isfinite().nonzero()[:, 0].tolist()) == wanted
+            assert torch.equal(after[after.isfinite()], before[after.isfinite()])
     assert torch.equal(filter_logits(logits, top_p=1.0), logits)
-    kept = filter_logits(logits.view(2, 25, 9), top_p=0.8)
-    wanted = filter_logits(logits, top_p=0.8).view(2, 25, 9)
-    assert torch.equal(kept, wanted), (
-        "each row of (B, T, V) must be filtered separately"
+    kept, wanted = (
+        filter_logits(x, top_p=0.8) for x in (logits.view(2, 25, 9), logits)
     )
+    assert torch.equal(kept.flatten(0, 1), wanted), "filter each row separately"
 
 
 @pytest.mark.parametrize(
@@ -318,17 +292,12 @@ def test_top_p_keeps_the_fewest_that_reach_p():
     [
         ([0.4, 0.3, 0.2, 0.1], 2, 0.5, 1, "after top_k the largest has 0.57"),
         ([0.4, 0.3, 0.2, 0.1], 2, 0.9, 2, "top_k must act when top_p is given too"),
-        (
-            [0.4, 0.3, 0.2, 0.1],
-            0,
-            0.65,
-            2,
-            "the smallest set whose sum is 0.65 or more",
-        ),
+        ([0.4, 0.3, 0.2, 0.1], 0, 0.65, 2, "the smallest set with 0.65 or more"),
         ([0.5, 0.5], 0, 0.5, 1, "a sum of exactly 0.5 is enough for 0.5"),
         ([0.25, 0.25, 0.25, 0.25], 0, 0.5, 2, "a sum of exactly 0.5 is enough for 0.5"),
         ([0.1, 0.9], 0, 0.2, 1, "the largest is always kept"),
         ([0.6, 0.3, 0.1], 3, 0.5, 1, "top_p must act when top_k is V"),
+        ([0.6, 0.4, 0.0], 0, 0.9, 2, "some logits may be -inf already"),
     ],
 )
 def test_top_k_and_top_p_together_and_on_the_edge(p, top_k, top_p, count, why):
@@ -338,113 +307,86 @@ def test_top_k_and_top_p_together_and_on_the_edge(p, top_k, top_p, count, why):
     assert logits[kept].min() >= logits[~kept].max(), why
 
 
-def test_draws_follow_the_softmax():
-    logits = torch.tensor([1.0, -1.0, 0.0, -math.inf, 2.0])
-    generator = torch.Generator().manual_seed(0)
-    found = ar_model.draw(logits.expand(20_000, 5), generator)
-    counts = found.bincount(minlength=5).numpy()
-    wanted = 20_000 * logits.double().softmax(0).numpy()
-    assert counts[3] == 0
-    some = [0, 1, 2, 4]
-    assert chisquare(counts[some], wanted[some]).pvalue > 1e-3
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, [0.4, 0.3, 0.2, 0.1]),
+        ({"temperature": 0.25}, [256 / 354, 81 / 354, 16 / 354, 1 / 354]),
+        ({"cfg_scale": 2.0}, [16 / 49, 12 / 49, 20 / 49, 1 / 49]),
+        # Guided before top-k; temperature before top-p.
+        ({"cfg_scale": 2.0, "top_k": 2}, [16 / 36, 0, 20 / 36, 0]),
+        ({"temperature": 0.5, "top_p": 0.8}, [0.64, 0.36, 0, 0]),
+        ({"top_k": 3, "top_p": 0.75}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_k": 1}, [1, 0, 0, 0]),
+    ],
+)
+def test_labels_are_sampled_from_the_guided_filtered_softmax(settings, wanted):
+    cond = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    uncond = torch.tensor([0.4, 0.3, 0.08, 0.4])  # cond^2 / uncond: .4, .3, .5, .025
+    rows = [cond] * 20_000 + [uncond] * 20_000 * ("cfg_scale" in settings)
+    logits = torch.stack(rows).log().unflatten(0, (-1, 2)) - 7  # (B or 2B, 2, V)
+    draw = Sampling(**settings).draw
+    found = draw(logits, torch.Generator().manual_seed(0))
+    assert found.shape == (10_000, 2) and found.dtype == torch.int64
+    counts, some = found.flatten().bincount(minlength=4).numpy(), np.array(wanted) > 0
+    assert (counts[~some] == 0).all(), counts
+    wanted = 20_000 * np.array(wanted)[some]
+    assert some.sum() == 1 or chisquare(counts[some], wanted).pvalue > 1e-3, counts
+    assert torch.equal(draw(logits, torch.Generator().manual_seed(0)), found)
 
 
-# ----------------------------------------------------------------------------- training
+def test_extreme_random_numbers_do_not_choose_a_filtered_label(monkeypatch):
+    logits = torch.tensor([-math.inf, 1.0, -math.inf])
+    for u in (0.0, 1.0):
+        monkeypatch.setattr(torch, "rand", lambda shape, u=u, **_: torch.full(shape, u))
+        assert ar_model.draw(logits, None) == 1
 
 
-def test_a_tenth_of_the_classes_becomes_the_null_class():
-    y = torch.arange(5).repeat(4000)
-    dropped = ar_model.drop_classes(y, 5, np.random.default_rng(0))
-    changed = dropped != y
-    assert (dropped[changed] == 5).all()
-    assert changed.float().mean().item() == pytest.approx(0.1, abs=0.01)
-    assert torch.equal(y, torch.arange(5).repeat(4000)), "the caller's were modified"
-
-
-def test_only_matrices_decay(model):
-    decaying, others = ar_model.adamw(model).param_groups
-    assert decaying["weight_decay"] == 0.05 and others["weight_decay"] == 0
-    assert {p.ndim for p in decaying["params"]} == {2}
-    assert {p.ndim for p in others["params"]} == {1}
-    count = len(decaying["params"]) + len(others["params"])
-    assert count == len(list(model.parameters()))
-
-
-def test_the_model_memorises_three_sequences(tokens):
-    torch.manual_seed(0)
-    model, y = ARModel(CONFIG), torch.tensor([0, 1, 2])
-    optimizer = ar_model.adamw(model)
-    for _ in range(120):
-        loss = ar_model.next_token_loss(model, tokens[:3], y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.5
-    assert torch.equal(generate(model, y, torch.Generator(), top_k=1), tokens[:3])
+# --------------------------------------------------------------------------- the script
 
 
 @pytest.mark.parametrize(("labels", "V"), [("coarse", M), ("fine", K)])
-def test_a_resumed_run_ends_with_the_same_weights(out, monkeypatch, labels, V):
-    name = {"coarse": "coarse.pt", "fine": "baseline.pt"}[labels]
-    command = [*TINY, "--labels", labels, "--steps", "6"]
-    check_resume(monkeypatch, ar_model, name, command, out, out / "other")
-    model, artifact = ar_model.load_ar(out, name, "cpu", codebook_id="the-codebook")
-    assert model.head.out_features == V and not model.training
-    assert artifact.get("cluster_id") == (
-        "the-clusters" if labels == "coarse" else None
-    )
-
-
-def test_copies_are_kept_along_the_way(out):
-    ar_model.main([*TINY, "--out", str(out), "--steps", "5", "--keep", "2"])
-    names = [f"kept-{i:02d}/coarse.pt" for i in (1, 2)]
-    assert sorted(str(p.relative_to(out)) for p in out.glob("kept-*/*")) == names
-    early, last = (torch.load(out / name, weights_only=True) for name in names)
-    assert (early["step"], last["step"]) == (3, 5)
-    assert early["weights_id"] != last["weights_id"]
-    assert same_weights(out / names[1], out / "coarse.pt")
-    # A copy can be resumed in its own folder, with the data of the folder above.
-    ar_model.main([*TINY, "--out", str(out / "kept-01"), "--steps", "5", "--resume"])
-    assert same_weights(out / names[0], out / "coarse.pt")
-
-
-def test_a_resume_with_other_flags_or_clusters_is_refused(out, capsys):
-    command = [*TINY, "--out", out, "--steps", 2]
-    ar_model.main([str(a) for a in command])
-    edit(out / "clusters.pt", cluster_id="others")
-    for flags, text in (
-        (["--lr", 0.5], "coarse.pt was trained with lr 0.001, not 0.5"),
-        (["--labels", "fine"], "baseline.pt is missing"),
-        ([], "coarse.pt was trained with cluster_id the-clusters, not others"),
-    ):
-        code, message = error_of(capsys, ar_model.main, *command, *flags, "--resume")
-        assert code == 1 and text in message
-
-
-# ---------------------------------------------------------------- how pieces are joined
-
-
-@pytest.mark.parametrize(("labels", "V"), [("coarse", M), ("fine", K)])
-def test_it_learns_from_training_tokens_and_measures_test_tokens(
-    out, monkeypatch, labels, V
+def test_stage_1_learns_coarse_labels_and_the_baseline_fine_labels(
+    out, monkeypatch, capsys, labels, V
 ):
-    sets = load_examples(out, "tokens.pt")[:2]
-    if labels == "coarse":
-        sets = [Examples(G[examples.x], examples.y) for examples in sets]
-    command = ["--out", str(out), *SIZES, "--labels", labels]
-    names = ("next_token_loss", "tokens"), ("mean_loss", "tokens")
-    check_what_is_learnt_from(monkeypatch, ar_model, command, sets, *names)
-    name = {"coarse": "coarse.pt", "fine": "baseline.pt"}[labels]
-    model, artifact = ar_model.load_ar(out, name, "cpu")
-    assert artifact["config"] == vars(ARConfig(V, 3, [4, 4], 1, 16, 2))
-    row = artifact["history"]["test"][-1]
-    assert row["bits"] == pytest.approx(row["loss"] / math.log(2))
-    assert row["loss"] == pytest.approx(ar_model.mean_loss(model, *sets[1]), rel=1e-4)
-    assert artifact["codebook_id"] == IDS["codebook_id"]
+    figures, before = {}, set(out.iterdir())
+    keep = lambda figure, path, **_: figures.update({path.name: figure})
+    monkeypatch.setattr(tokenizer.Figure, "savefig", keep)
+    train, test = (torch.load(out / "tokens.pt")[name] for name in ("train", "test"))
+    edit(out / "tokens.pt", train=(torch.full((36, T), 17), train[1]))
+    flags = [*SIZES, "--labels", labels, "--steps", "40", "--save-every", "30"]
+    flags += ["--lr", "0.05", "--batch-size", "8", "--out", str(out)]
+    ar_model.main(flags)
+    name = {"coarse": "coarse", "fine": "baseline"}[labels]
+    assert {path.name for path in set(out.iterdir()) - before} == {f"{name}.pt"}
+    assert list(figures) == [f"{name}.png"]
 
+    printed = capsys.readouterr().out
+    ids = {k: IDS[k] for k in ("codebook_id", "cluster_id")[: 1 + (labels == "coarse")]}
+    artifact = tokenizer.load(out, f"{name}.pt", **ids)
+    config = ARConfig(V, CLASSES, [4, 4], 1, 16, 2)
+    assert artifact["config"] == vars(config)
+    model = tokenizer.restore(ARModel(config), artifact, "cpu")
+    assert ("cluster_id" in artifact) == (labels == "coarse")
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M" in printed
+    answer, test_tokens = (G[17], G[test[0]]) if labels == "coarse" else (17, test[0])
+    found = generate(model, torch.arange(CLASSES), torch.Generator(), Sampling(top_k=1))
+    assert (found == answer).all(), "not the labels of the training images"
+    first, last = artifact["history"]["test"]
+    nats = ar_model.next_token_loss(model, test_tokens, test[1]).item()
+    assert last["loss"] == pytest.approx(nats, rel=1e-4)
+    assert last["bits"] == pytest.approx(nats / math.log(2), rel=1e-4)
 
-def test_flags_schedule_and_clock_of_stage_1(out, monkeypatch):
-    command = ["--out", str(out), "--layers", "1", "--dim", "16", "--heads", "4"]
-    check_schedule(monkeypatch, ar_model, command, out / "coarse.pt")
-    config = torch.load(out / "coarse.pt", weights_only=True)["config"]
-    assert (config["layers"], config["dim"], config["heads"]) == (1, 16, 4)
+    (ax,) = figures[f"{name}.png"].axes
+    assert f"{name}.pt" in ax.get_title() and f"{V} {labels} labels" in ax.get_title()
+    assert "nats" in ax.get_ylabel() and ax.get_xlabel() == "step"
+    lines = {line.get_label().split()[0]: line for line in ax.lines}
+    curves = {
+        key: np.array(line.get_xydata()).T.tolist() for key, line in lines.items()
+    }
+    assert curves["training"] == [list(range(1, 41)), artifact["history"]["loss"]]
+    assert curves["test"] == [[30, 40], [first["loss"], last["loss"]]]
+    assert curves["uniform"][1] == [math.log(V)] * 2
+    assert f"{math.log(V):.2f}" in lines["uniform"].get_label()
+    assert f"ln {V} = {math.log(V):.3f}" in printed and f"{V} {labels}" in printed
+    assert len(ax.get_legend().get_texts()) == 3

@@ -1,28 +1,24 @@
 import math
+import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import (
-    SIZES,
-    K,
-    M,
-    check_resume,
-    check_schedule,
-    check_what_is_learnt_from,
-    edit,
-    error_of,
-    noisy,
-    spy,
-)
+from conftest import CLASSES, IDS, SIZES, K, M, edit, error_of, noisy
 from conftest import G as CLUSTERS_OF_OUT
+from torch.nn.functional import one_hot
 
+import ar_model
 import aux_model
+import cluster
+import tokenizer
+from ar_model import Sampling
 from aux_model import MASKED, AuxConfig, AuxModel, fine_loss, predict_fine
-from tokenizer import load_examples
 
-TINY = [*SIZES, "--batch-size", "4", "--save-every", "100"]
 G = torch.tensor([2, 0, 1, 1, 0, 1, 2, 1, 1, 3])  # 10 codes in clusters of 2, 5, 2, 1
 MEMBERS = [[1, 4, -1, -1, -1], [2, 3, 5, 7, 8], [0, 6, -1, -1, -1], [9, -1, -1, -1, -1]]
+PLACE = [0, 0, 0, 1, 1, 2, 1, 3, 4, 0]
 CONFIG = AuxConfig(4, 10, 3, [3, 4], layers=2, dim=32, heads=4)
 Y = torch.tensor([0, 1, 2, 3, 1])  # 3 is the null class
 
@@ -32,22 +28,25 @@ def guide(cond, uncond, scale):
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
-    assert top_p == 1, "stage 2 has no top-p"
-    if not 0 < top_k < logits.shape[-1]:
-        return logits
-    smallest = logits.sort(descending=True).values[..., top_k - 1 : top_k]
-    return torch.where(logits >= smallest, logits, -math.inf)
-
-
-@pytest.fixture(autouse=True)
-def stand_ins(monkeypatch):
-    """Guidance and top-k have tests of their own, in test_ar_model.py."""
-    monkeypatch.setattr(aux_model, "filter_logits", filter_logits)
-    monkeypatch.setattr(aux_model, "guide", guide)
+    """By ranks, for logits that all differ."""
+    rank = (logits[..., None, :] > logits[..., None]).sum(dim=-1)
+    logits = logits.masked_fill(rank >= (top_k or logits.shape[-1]), -math.inf)
+    p = logits.softmax(dim=-1)
+    before = (p[..., None, :] * (p[..., None, :] > p[..., None])).sum(dim=-1)
+    return logits if top_p == 1 else logits.masked_fill(before >= top_p, -math.inf)
 
 
 @pytest.fixture
-def model():
+def stand_ins(monkeypatch):
+    """Of what has tests of its own, in test_ar_model.py and test_cluster.py."""
+    monkeypatch.setattr(ar_model, "filter_logits", filter_logits)
+    monkeypatch.setattr(ar_model, "guide", guide)
+    inverse = np.array(MEMBERS), np.array(PLACE)
+    monkeypatch.setattr(aux_model, "invert", lambda code_to_cluster: inverse)
+
+
+@pytest.fixture
+def model(stand_ins):
     return noisy(AuxModel(CONFIG, G))
 
 
@@ -59,123 +58,82 @@ def fine():
 class Table:
     """A stand-in for AuxModel, whose logits depend on the class and the position."""
 
-    code_to_cluster, members, config = G, torch.tensor(MEMBERS), CONFIG
+    code_to_cluster, config = G, CONFIG
+    members, place = torch.tensor(MEMBERS), torch.tensor(PLACE)
 
     def __init__(self):
         generator = torch.Generator().manual_seed(3)
-        self.codes = torch.randn(
-            4, 12, 10, generator=generator
-        )  # class, position, code
+        self.codes = torch.randn(4, 12, 10, generator=generator)  # class, token, code
 
     def dense(self, coarse, y):
         """The logits of all K codes, MASKED outside the cluster: (B, T, K)."""
         return self.codes[y].masked_fill(coarse[..., None] != G, MASKED)
 
-    def forward(self, coarse, y):
+    def __call__(self, coarse, y):
+        self.gradients = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
         members = self.members[coarse]  # (B, T, S)
         logits = self.codes[y].gather(-1, members.clamp(min=0))
         return logits.masked_fill(members < 0, MASKED)
 
-    __call__ = forward
+    forward = __call__
 
 
 @pytest.fixture
-def table():
+def table(stand_ins):
     return Table()
 
 
-# -------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------------------- the model
 
 
-def test_parameters_at_the_papers_size():
-    config = AuxConfig(512, 16384, 1000, [16, 16], 24, 1024, 16)
-    g = torch.arange(16384) % 512
+def test_sizes_and_members():
+    config, g = AuxConfig(512, 16384, 1000, [16, 16], 24, 1024, 16), torch.arange(16384)
     with torch.device("meta"):  # counts, but no memory
-        model = AuxModel(config, g)
+        model = AuxModel(config, g % 512)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == 326.66
+    model = AuxModel(CONFIG, G)
+    assert model.members.tolist() == MEMBERS and model.place.tolist() == PLACE
+    weights = {name for name, _ in model.named_parameters()}
+    assert set(model.state_dict()) == weights, "buffers are saved"
 
 
-def test_members_is_the_inverse_of_the_map(model):
-    assert model.members.tolist() == MEMBERS
-    weights = set(model.state_dict())
-    assert weights == {name for name, _ in model.named_parameters()}, (
-        "buffers are saved"
-    )
-
-
-def features(n, seed=0):
+def features(n):
     """Random features (n, dim) and coarse labels (n,)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, 32, generator=generator)
     return x, torch.randint(4, (n,), generator=generator)
 
 
-def test_logits_are_those_of_the_masked_k_way_head(model):
-    x, coarse = features(60)
-    dense = x @ model.head.weight.T  # (n, K)
-    with torch.no_grad():
-        logits = model.cluster_logits(x, coarse)
-    assert logits.shape == (60, 5)
-    for i in range(60):
-        codes = (G == coarse[i]).nonzero()[:, 0]
-        message = "not the logits of the codes of the cluster, in the order of members"
-        found, wanted = logits[i, : len(codes)], dense[i, codes]
-        torch.testing.assert_close(found, wanted, msg=message)
-        assert (logits[i, len(codes) :] == MASKED).all(), "MASKED where members is -1"
+@pytest.mark.parametrize("head", ["cluster_logits", "cluster_logits_on_cpu"])
+@pytest.mark.parametrize("clusters", [[0, 1, 2, 3], [3, 0], [2]])
+def test_logits_are_those_of_the_masked_k_way_head(model, head, clusters):
+    head, (x, coarse) = getattr(model, head), features(60)
+    coarse = torch.tensor(clusters)[coarse % len(clusters)]
+    x.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        half = model.cluster_logits(x, coarse)
-    assert half.dtype == torch.float32, "float32 under autocast as well"
-    # No token of the largest cluster: the width is still S. And the gradients.
-    x, coarse = torch.randn(6, 32, requires_grad=True), torch.tensor([0, 3, 0, 2, 3, 0])
-    logits = model.cluster_logits(x, coarse)
-    assert logits.shape == (6, 5), "S is the size of the largest of all clusters"
-    some = logits[logits > MASKED].sum()
-    of_x, of_head = torch.autograd.grad(some, (x, model.head.weight))
-    assert of_x.abs().amax(dim=1).min() > 0, "the features of a token get no gradient"
-    of_codes = of_head.abs().amax(dim=1)
-    assert of_codes[[0, 1, 4, 6, 9]].min() > 0, "a code of the cluster gets no gradient"
+        assert head(x, coarse).dtype == torch.float32, "float32 under autocast as well"
+    logits, dense = head(x, coarse), x @ model.head.weight.T  # (n, S), (n, K)
+    members = torch.tensor(MEMBERS)[coarse]
+    wanted = dense.gather(1, members.clamp(min=0)).masked_fill(members < 0, MASKED)
+    message = "not the logits of the codes of the cluster, MASKED where members is -1"
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5, msg=message)
+    pairs = []
+    for some in (logits, wanted):
+        loss = some.log_softmax(dim=-1)[:, 0].square().sum()
+        pairs.append(torch.autograd.grad(loss, (x, model.head.weight)))
+    for found, wanted in zip(*pairs):
+        message = "not the gradient of the features, or of the head"
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5, msg=message)
 
 
-@pytest.mark.parametrize("clusters", [[0, 1, 2, 3], [3, 1], [2]])
-def test_the_fast_head_of_a_cpu_equals_the_definition(model, clusters):
-    x, which = features(40)
-    coarse = torch.tensor(clusters)[which % len(clusters)]
-    results = []
-    for head in (model.cluster_logits, model.cluster_logits_on_cpu):
-        inputs = x.clone().requires_grad_()
-        logits = head(inputs, coarse)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert head(inputs, coarse).dtype == torch.float32
-        loss = logits.log_softmax(dim=-1)[:, 0].square().sum()
-        gradients = torch.autograd.grad(loss, (inputs, model.head.weight))
-        assert (gradients[0].abs().amax(dim=1) > 0).sum() == (coarse != 3).sum()
-        results.append((logits, *gradients))
-    for one, other in zip(*results):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def test_a_gpu_takes_the_definition_and_a_cpu_the_fast_head(model, fine, monkeypatch):
-    definition = spy(monkeypatch, AuxModel, "cluster_logits")
-    fast = spy(monkeypatch, AuxModel, "cluster_logits_on_cpu")
-    model(G[fine], Y)
-    assert len(fast) == 1
-    definition.clear()
-    # meta tensors have no values: code that reads them, as .tolist() does, fails there.
-    logits = model.to("meta")(G[fine].to("meta"), Y.to("meta"))
-    assert logits.shape == (5, 12, 5) and (len(definition), len(fast)) == (1, 1)
-
-
-def test_the_logits_of_a_token_are_at_its_own_position(fine):
-    # Without layers nothing mixes the tokens: embedding, norm and head remain.
-    model = noisy(AuxModel(AuxConfig(4, 10, 3, [3, 4], layers=0, dim=32, heads=4), G))
-    coarse = G[fine]
-    x = model.token_embedding.weight[coarse]
-    x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * model.norm.weight
-    members = torch.tensor(MEMBERS)[coarse]  # (B, T, S)
-    wanted = (x @ model.head.weight.T).gather(-1, members.clamp(min=0))
-    logits, real = model(coarse, Y), members >= 0
-    torch.testing.assert_close(logits[real], wanted[real])
-    assert (logits[~real] == MASKED).all()
+def test_a_gpu_uses_the_definition_and_a_cpu_the_fast_head(model, monkeypatch):
+    for width, head in ((6, "cluster_logits"), (7, "cluster_logits_on_cpu")):
+        zeros = lambda self, x, coarse, width=width: x.new_zeros(len(x), width)
+        monkeypatch.setattr(AuxModel, head, zeros)
+    coarse = torch.zeros(5, 12, dtype=torch.long)
+    assert model(coarse, Y).shape == (5, 12, 7)
+    model.to("meta")  # any device but the CPU
+    assert model(coarse.to("meta"), Y.to("meta")).shape == (5, 12, 6)
 
 
 def test_every_token_sees_every_coarse_label_and_the_class(model, fine):
@@ -189,58 +147,63 @@ def test_every_token_sees_every_coarse_label_and_the_class(model, fine):
     assert (model(coarse, (Y + 1) % 4) - logits).abs().amax(dim=2).min() > 1e-5
 
 
-# --------------------------------------------------------------------------------- loss
+# ----------------------------------------------------------------------------- the loss
 
 
 def test_loss_is_the_masked_cross_entropy(table, fine):
+    table.codes.requires_grad_()
     dense = table.dense(G[fine], Y)
-    log_p = dense.log_softmax(-1).gather(-1, fine[..., None])
+    wanted = -dense.log_softmax(-1).gather(-1, fine[..., None]).mean()
     loss, right = fine_loss(table, fine, Y)
     message = "not the mean of -ln p of the fine labels within their clusters"
-    torch.testing.assert_close(loss, -log_p.mean(), check_dtype=False, msg=message)
-    wanted = (dense.argmax(-1) == fine).float().mean().item()
-    assert float(right) == pytest.approx(wanted), "not the top-1 accuracy"
-
-
-def test_gradient_is_that_of_the_masked_cross_entropy(table, fine):
-    table.codes.requires_grad_()
-    loss, _ = fine_loss(table, fine, Y)
-    (gradient,) = torch.autograd.grad(loss, table.codes)
-    log_p = table.dense(G[fine], Y).log_softmax(-1).gather(-1, fine[..., None])
-    (wanted,) = torch.autograd.grad(-log_p.mean(), table.codes)
+    torch.testing.assert_close(loss, wanted, check_dtype=False, msg=message)
+    accuracy = (dense.argmax(-1) == fine).float().mean().item()
+    assert float(right) == pytest.approx(accuracy), "not the top-1 accuracy"
+    found, wanted = (torch.autograd.grad(x, table.codes)[0] for x in (loss, wanted))
     message = "the loss must have a gradient in every logit of the cluster of a token"
-    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6, msg=message)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6, msg=message)
 
 
-def test_first_loss_is_that_of_a_uniform_guess_within_the_cluster(fine):
-    loss, _ = fine_loss(AuxModel(CONFIG, G), fine, Y)
-    sizes = G.bincount()[G[fine]]
-    assert loss.item() == pytest.approx(sizes.log().mean().item(), abs=1e-5)
-
-
-def test_mean_fine_loss_weighs_every_image_equally(model):
-    fine, y = torch.randint(10, (260, 12)), torch.randint(3, (260,))
+def test_three_steps_of_training_have_these_losses():
+    model = AuxModel(CONFIG, G)
     with torch.no_grad():
-        whole = [float(value) for value in fine_loss(model, fine, y)]
-    assert aux_model.mean_fine_loss(model, fine, y) == pytest.approx(whole, rel=1e-5)
+        for p in model.parameters():
+            wave = torch.arange(p.numel()).sin().view_as(p)
+            p.copy_(0.3 * wave if p.ndim == 2 else 1 + 0.3 * wave)
+    fine, optimizer = (
+        (torch.arange(60) * 7 // 3 % 10).view(5, 12),
+        tokenizer.adamw(model),
+    )
+    losses, args = [], SimpleNamespace(steps=3, lr=0.2)
+    for step in range(3):
+        loss, _ = fine_loss(model, fine, Y)
+        tokenizer.update(model, optimizer, loss, step, args)
+        losses.append(loss.item())
+    assert losses == pytest.approx([1.22081, 1.64216, 1.12579], abs=1e-4)
 
 
-def test_mean_fine_loss_takes_an_accuracy_of_either_kind(model, fine, monkeypatch):
-    for right in (0.25, torch.tensor(0.25)):
-        answer = torch.tensor(1.5, requires_grad=True), right
-        monkeypatch.setattr(aux_model, "fine_loss", lambda *_, answer=answer: answer)
-        assert aux_model.mean_fine_loss(model, fine, Y) == [1.5, 0.25]
+def test_mean_fine_loss_weighs_every_image_equally_without_gradients(fine):
+    table = Table()
+    fine, y = torch.randint(10, (260, 12)), torch.randint(3, (260,))
+    wanted = [float(value) for value in fine_loss(table, fine, y)]
+    assert aux_model.mean_fine_loss(table, fine, y) == pytest.approx(wanted, rel=1e-5)
+    assert not table.gradients
 
 
-def test_guessing_within_the_cluster_against_loops(fine):
-    test_fine = torch.randint(10, (7, 12), generator=torch.Generator().manual_seed(1))
+def test_guessing_within_the_cluster_against_loops():
+    generator = torch.Generator().manual_seed(2)  # with other favourites in both sets
+    fine = torch.randint(9, (5, 12), generator=generator)  # no code of cluster 3
+    test_fine = torch.randint(10, (7, 12), generator=generator)
     nats, right = [], []
     for q in test_fine.flatten().tolist():
-        members = (G == G[q]).nonzero()[:, 0].tolist()
+        members = [m for m in MEMBERS[G[q]] if m >= 0]
         nats.append(math.log(len(members)))
         right.append(q == max(members, key=lambda m: (fine == m).sum().item()))
     wanted = sum(nats) / len(nats), sum(right) / len(right)
     assert aux_model.guessing(G, fine, test_fine) == pytest.approx(wanted, rel=1e-5)
+    loss, _ = fine_loss(AuxModel(CONFIG, G), test_fine[:5], Y)  # of a new model
+    uniform, _ = aux_model.guessing(G, fine, test_fine[:5])
+    assert loss.item() == pytest.approx(uniform, abs=1e-5)
 
 
 # --------------------------------------------------------------------------- prediction
@@ -252,117 +215,124 @@ def test_guessing_within_the_cluster_against_loops(fine):
 def test_a_fine_label_always_lies_in_its_cluster(table, settings):
     coarse, y = torch.randint(4, (200, 12)), torch.randint(3, (200,))
     generator = torch.Generator().manual_seed(0)
-    fine = predict_fine(table, coarse, y, generator, **settings)
+    fine = predict_fine(table, coarse, y, generator, Sampling(**settings))
     assert torch.equal(G[fine], coarse), "a fine label outside its cluster"
     assert fine.dtype == torch.int64
     assert len(fine.unique()) == 10, "every code must be within reach"
 
 
-def test_likeliest_fine_labels_with_guidance(table, fine):
+def test_top_k_1_is_the_argmax_with_guidance(table, fine):
     coarse, y = G[fine], torch.tensor([0, 1, 2, 2, 1])
     cond, uncond = table.dense(coarse, y), table.dense(coarse, torch.full((5,), 3))
     for scale in (1.0, 4.0, 0.5, 0.0):
-        found = predict_fine(table, coarse, y, torch.Generator(), scale, top_k=1)
         wanted = guide(cond, uncond, scale).argmax(-1)
-        assert torch.equal(found, wanted), f"not the argmax at scale {scale}"
-        cold = predict_fine(table, coarse, y, torch.Generator(), scale, 1e-5)
-        assert torch.equal(cold, wanted), f"temperature is ignored at scale {scale}"
+        for settings in ({"top_k": 1}, {"temperature": 1e-5}, {"top_p": 1e-6}):
+            sampling = Sampling(scale, **settings)
+            found = predict_fine(table, coarse, y, torch.Generator(), sampling)
+            assert torch.equal(found, wanted), f"not the argmax: {sampling}"
+    assert not table.gradients, "without torch.no_grad it takes more memory"
 
 
-@pytest.mark.parametrize(("scale", "top_k"), [(1.0, 0), (3.0, 0), (3.0, 2)])
-def test_draws_follow_the_probabilities(table, fine, scale, top_k):
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1, 2, 0, 1), Sampling(3, 2, 2, 1), Sampling(3, 2, 0, 0.7)]
+)
+def test_fine_labels_follow_the_probabilities(table, fine, sampling):
     coarse, y = G[fine[:1]], torch.tensor([1])
     many = coarse.expand(4000, 12), y.expand(4000)
     logits = table.dense(coarse, y)
-    if scale != 1:
-        logits = guide(logits, table.dense(coarse, torch.tensor([3])), scale)
-    wanted = (filter_logits(logits, top_k) / 2).softmax(-1)[0]  # (T, K)
+    if sampling.cfg_scale != 1:
+        logits = guide(logits, table.dense(coarse, torch.tensor([3])), 3)
+    kept = filter_logits(logits / 2, sampling.top_k, sampling.top_p)
+    wanted = kept.softmax(-1)[0]  # (T, K)
 
     def run(generator):
-        return predict_fine(table, *many, generator, scale, 2.0, top_k)
+        return predict_fine(table, *many, generator, sampling)
 
     found = run(torch.Generator().manual_seed(0))
-    for i in range(12):
-        frequency = found[:, i].bincount(minlength=10) / 4000
-        message = f"not softmax(logits / 2), at scale {scale} and top_k {top_k}"
-        torch.testing.assert_close(frequency, wanted[i], rtol=0, atol=0.04, msg=message)
+    frequency = one_hot(found, 10).float().mean(dim=0)  # (T, K)
+    message = f"not the filtered softmax(logits / 2) with {sampling}"
+    torch.testing.assert_close(frequency, wanted, rtol=0, atol=0.04, msg=message)
     torch.manual_seed(5)  # another state of torch's global generator
     generator = torch.Generator().manual_seed(0)
     assert torch.equal(run(generator), found), "randomness that is not from generator"
     assert not torch.equal(run(generator), found), "the second batch equals the first"
 
 
-def test_the_argmax_uses_no_randomness(table, fine):
-    generator = torch.Generator()
-    before = generator.get_state()
-    for scale in (1.0, 3.0):
-        predict_fine(table, G[fine], Y, generator, scale, top_k=1)
-    assert torch.equal(generator.get_state(), before)
+# ---------------------------------------------------------------------------- the script
 
 
-# ----------------------------------------------------------------------------- training
+MODEL = {"dim": 128, "heads": 4, "keep": 0, "batch-size": 32}
+STAGE_1 = {"layers": 4, "steps": 3000, "lr": 0.001, "labels": "coarse"}
+STAGE_2 = {"layers": 2, "steps": 1000, "lr": 0.003}
+CLUSTERS = {"clusters": 128, "method": "kmeans", "restarts": 3}
 
 
-def test_it_learns_fine_labels_that_the_neighbours_determine():
-    # The fine label is the larger code of its cluster exactly where the token to the
-    # left has cluster 1: only a model that sees the other tokens can know that. At this
-    # learning rate 20 of 20 seeds know it after 60 to 240 steps.
-    torch.manual_seed(0)
-    g = torch.tensor([0, 0, 1, 1])
-    model = AuxModel(AuxConfig(2, 4, 1, [2, 4], layers=2, dim=32, heads=2), g)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    y = torch.zeros(64, dtype=torch.long)
-    for _ in range(500):
-        coarse = torch.randint(2, (64, 8))
-        fine = 2 * coarse + coarse.roll(1, dims=1)
-        loss, right = fine_loss(model, fine, y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if loss < 0.05:
-            break
-    assert right > 0.95, "the neighbours decide the label, and the model missed it"
+@pytest.mark.parametrize(
+    ("script", "wanted"),
+    [(ar_model, MODEL | STAGE_1), (aux_model, MODEL | STAGE_2), (cluster, CLUSTERS)],
+)
+def test_default_flags(script, wanted, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    found = re.findall(r"--([a-z-]+) (?:(?!--)[^()])*\(default: (.+?)\)", text)
+    assert {(name, str(value)) for name, value in wanted.items()} <= set(found)
+    if "heads" in wanted:  # a pair of numbers for the row, and one for the column
+        code, _ = error_of(capsys, script.main, "--dim", 12, "--heads", 2)
+        assert code == 2
 
 
-def test_a_resumed_run_ends_with_the_same_weights(out, monkeypatch):
-    command = [*TINY, "--steps", "6"]
-    check_resume(monkeypatch, aux_model, "fine.pt", command, out, out / "other")
-    ids = {"cluster_id": "the-clusters"}
-    model, _ = aux_model.load_aux(out, CLUSTERS_OF_OUT, "cpu", **ids)
-    assert not model.training
+@pytest.mark.parametrize(
+    ("script", "name"), [(ar_model, "coarse"), (aux_model, "fine")]
+)
+def test_another_seed_has_other_initial_weights(out, script, name):
+    weights = []
+    for seed in ("0", "1", "0"):
+        flags = [*SIZES, "--steps", "1", "--lr", "1e-9", "--seed", seed, "--overwrite"]
+        script.main([*flags, "--out", str(out)])
+        weights.append(
+            torch.load(out / f"{name}.pt")["model"]["token_embedding.weight"]
+        )
+    assert torch.equal(weights[0], weights[2])
+    assert (weights[0] - weights[1]).abs().max() > 0.01
 
 
-def test_a_resume_with_other_clusters_is_refused(out, capsys):
-    command = [*TINY, "--out", out, "--steps", 2]
-    aux_model.main([str(a) for a in command])
-    edit(out / "clusters.pt", cluster_id="others")
-    code, message = error_of(capsys, aux_model.main, *command, "--resume")
-    assert code == 1 and "cluster_id the-clusters, not others" in message
+def test_it_learns_the_fine_labels_of_the_training_images(out, monkeypatch, capsys):
+    figures, before, g = {}, set(out.iterdir()), CLUSTERS_OF_OUT
+    keep = lambda figure, path, **_: figures.update({path.name: figure})
+    monkeypatch.setattr(tokenizer.Figure, "savefig", keep)
+    train, test = (torch.load(out / "tokens.pt")[name] for name in ("train", "test"))
+    code = torch.tensor([(g == m).nonzero()[1].item() for m in range(M)])
+    # In training, every cluster occurs as its second code only.
+    edit(out / "tokens.pt", train=(code[g[train[0]]], train[1]))
+    flags = [*SIZES, "--steps", "40", "--save-every", "30", "--lr", "0.05"]
+    aux_model.main([*flags, "--batch-size", "8", "--out", str(out)])
+    assert {path.name for path in set(out.iterdir()) - before} == {"fine.pt"}
+    assert list(figures) == ["fine.png"]
 
+    printed = capsys.readouterr().out
+    ids = {name: IDS[name] for name in ("codebook_id", "cluster_id")}
+    artifact = tokenizer.load(out, "fine.pt", **ids)
+    config = AuxConfig(M, K, CLASSES, [4, 4], 1, 16, 2)
+    assert artifact["config"] == vars(config)
+    model = tokenizer.restore(AuxModel(config, g), artifact, "cpu")
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M" in printed
+    coarse, sampling = g[test[0]], Sampling(top_k=1)
+    found = predict_fine(model, coarse, test[1], torch.Generator(), sampling)
+    assert torch.equal(found, code[coarse]), "not the labels of the training images"
+    first, last = artifact["history"]["test"]
+    nats, right = (value.item() for value in fine_loss(model, *test))
+    wanted = {"loss": nats, "bits": nats / math.log(2), "accuracy": right}
+    assert {key: last[key] for key in wanted} == pytest.approx(wanted, rel=1e-4)
+    guess = g.bincount()[coarse].log().mean().item()
+    favourite = (code[coarse] == test[0]).float().mean().item()
+    assert f"{guess:.3f} nats" in printed and f"{favourite:.1%}" in printed
+    assert f"{M} coarse" in printed and f"{K} fine" in printed
 
-# ---------------------------------------------------------------- how pieces are joined
-
-
-def test_it_learns_from_training_tokens_and_measures_test_tokens(out, monkeypatch):
-    sets = load_examples(out, "tokens.pt")[:2]
-    guessed = spy(monkeypatch, aux_model, "guessing")
-    command = ["--out", str(out), *SIZES]
-    names = ("fine_loss", "fine"), ("mean_fine_loss", "fine")
-    check_what_is_learnt_from(monkeypatch, aux_model, command, sets, *names)
-    for call in guessed:
-        assert torch.equal(call["code_to_cluster"], CLUSTERS_OF_OUT)
-        assert torch.equal(call["fine"], sets[0].x)
-        assert torch.equal(call["test_fine"], sets[1].x)
-    model, artifact = aux_model.load_aux(out, CLUSTERS_OF_OUT, "cpu")
-    assert artifact["config"] == vars(AuxConfig(M, K, 3, [4, 4], 1, 16, 2))
-    row = artifact["history"]["test"][-1]
-    assert row["bits"] == pytest.approx(row["loss"] / math.log(2))
-    wanted = aux_model.mean_fine_loss(model, *sets[1])
-    assert [row["loss"], row["right"]] == pytest.approx(wanted, rel=1e-4)
-
-
-def test_flags_schedule_and_clock_of_stage_2(out, monkeypatch):
-    command = ["--out", str(out), "--layers", "1", "--dim", "16", "--heads", "4"]
-    check_schedule(monkeypatch, aux_model, command, out / "fine.pt")
-    config = torch.load(out / "fine.pt", weights_only=True)["config"]
-    assert (config["layers"], config["dim"], config["heads"]) == (1, 16, 4)
+    (ax,) = figures["fine.png"].axes
+    assert all(text in ax.get_title() for text in ("fine.pt", f"K = {K}", f"M = {M}"))
+    lines = {line.get_label().split()[0]: line for line in ax.lines}
+    curves = {key: line.get_ydata() for key, line in lines.items()}
+    assert list(curves["training"]) == artifact["history"]["loss"]
+    assert list(curves["test"]) == [first["loss"], last["loss"]]
+    assert list(curves["uniform"]) == [guess] * 2

@@ -1,95 +1,93 @@
 import json
 import math
+import os
 
 import numpy as np
 import pytest
+import test_sample
 import torch
-from conftest import NAMES, G, K, M, edit, error_of, spy
-from scipy.spatial.distance import cdist
-from test_sample import generate, predict_fine
+from conftest import NAMES, G, K, T, edit, error_of, noisy
+from matplotlib.colors import to_rgba
+from scipy.linalg import sqrtm
+from test_sample import CPU, pixels, predict_fine, read
+from torch import nn
 
-import cluster
 import evaluate
 import sample
-from evaluate import frechet_distance, inception_score, precision_recall
+from ar_model import Sampling
+from evaluate import Classifier, frechet_distance, inception_score, precision_recall
 from sample import load_models
-from tokenizer import load_examples, load_tokenizer, reconstruct, to_float
+from tokenizer import Examples, psnr, to_float
 
-CPU = torch.device("cpu")
-NATS = {"coarse": 2.5, "baseline": 4.25, "fine": 1.5}
-
-
-@pytest.fixture(autouse=True)
-def stand_ins(monkeypatch, out):
-    """The scripts before this one have tests of their own."""
-    _, (test_fine, test_y), _ = load_examples(out, "tokens.pt")
-
-    def mean_loss(model, tokens, y):
-        V = model.config.vocabulary
-        assert torch.equal(tokens, test_fine % V)  # the map g is q % M
-        assert torch.equal(y, test_y)
-        return NATS["coarse" if V == M else "baseline"]
-
-    def mean_fine_loss(model, fine, y):
-        assert torch.equal(fine, test_fine) and torch.equal(y, test_y)
-        assert torch.equal(model.code_to_cluster, G)
-        return [NATS["fine"], 0.5]
-
-    def swap_within_clusters(tokens, code_to_cluster, rng):
-        shuffled = rng.permutation(np.arange(K))
-        return np.where(code_to_cluster[tokens] > 0, shuffled[tokens], tokens)
-
-    def sample_images(models, y, generator, settings, fine_settings):
-        """Grey images with a square for each token."""
-        tokens = generate(models["ar"], y, generator, **settings)  # (B, T)
-        grey = (7 * tokens % 256).byte().view(-1, 4, 4, 1).expand(-1, 4, 4, 3)
-        images = grey.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)
-        return images, tokens if "aux" in models else None, tokens
-
-    monkeypatch.setattr(sample, "sample_images", sample_images)
-    monkeypatch.setattr(evaluate, "predict_fine", predict_fine)
-    monkeypatch.setattr(evaluate, "mean_loss", mean_loss)
-    monkeypatch.setattr(evaluate, "mean_fine_loss", mean_fine_loss)
-    monkeypatch.setattr(cluster, "swap_within_clusters", swap_within_clusters)
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
-def draw(out, count=16, *flags, models=("ctf", "baseline")):
-    """Sample files of the weights in out."""
-    for model in models:
-        command = ["--out", str(out), "--num-samples", str(count), "--model", model]
-        sample.main([*command, *flags])
-
-
-def run(out, *flags):
-    """What evaluate.py writes to metrics.json: the protocol, {name: row}."""
-    evaluate.main(["--out", str(out), "--judge-steps", "3", *flags])
-    metrics = json.loads((out / "metrics.json").read_text("utf-8"))
-    assert (out / "metrics.png").exists()
-    return metrics["protocol"], {row["name"]: row for row in metrics["rows"]}
-
-
-CTF, BASELINE = "CTF, argmax fine labels, guidance 2", "baseline, guidance 2"
+CTF, BASELINE = "CTF, sampled fine labels, guidance 2", "baseline, guidance 2"
 CONTROLS = ["real training images", "reconstructions"]
 CONTROLS += [f"swapped within {name} clusters" for name in ("k-means", "random")]
 ALONE = "stage 2 alone (real coarse labels)"
 
 
-# ------------------------------------------------------------------------------ metrics
+def mean_loss(model, tokens, y):
+    """A stand-in: nats that depend on the weights and on all arguments."""
+    V, weights = model.config.vocabulary, model.head.weight.abs().mean().item()
+    return V / 8 + weights + (tokens * (1 + y[:, None])).double().mean().item() / V
+
+
+def mean_fine_loss(model, fine, y):
+    """A stand-in: nats that depend on all arguments, and an accuracy."""
+    weights = model.head.weight.abs().mean().item()
+    return [weights + (fine * (2 + y[:, None])).double().mean().item() / K, 0.5]
+
+
+learn = evaluate.train_classifier
+
+
+def train_classifier(train_set, num_classes, steps, seed, device):
+    """A stand-in: a judge of random numbers that depend on all arguments."""
+    model = Classifier(num_classes).eval()
+    torch.manual_seed(100 * int(train_set.x.sum()) + 10 * seed + steps)
+    for weights in model.parameters():
+        nn.init.normal_(weights, std=0.4)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+    """The scripts before this one have tests of their own."""
+    test_sample.use_stand_ins(monkeypatch)
+    for function in (predict_fine, mean_loss, mean_fine_loss, train_classifier):
+        monkeypatch.setattr(evaluate, function.__name__, function)
+    monkeypatch.setattr(sample, "sample_images", test_sample.sample_images)
+    monkeypatch.setattr(sample, "plot_rows", lambda *_: None)
+
+
+def draw(out, count=16, *flags, model="ctf"):
+    """A sample file of the weights in out."""
+    command = ["--out", str(out), f"--num-samples={count}", f"--model={model}"]
+    sample.main([*command, *flags])
+
+
+def run(out, *flags):
+    """What evaluate.py writes to metrics.json: the protocol, {name: row}."""
+    evaluate.main(["--out", str(out), "--judge-steps=2", *flags])
+    metrics = json.loads((out / "metrics.json").read_text("utf-8"))
+    return metrics["protocol"], {row["name"]: row for row in metrics["rows"]}
+
+
+# --------------------------------------------------------------------------- The metrics
+
+
+def random_gaussian(seed, features, rank):
+    rng = np.random.default_rng(seed)
+    a = rng.normal(size=(features, rank))
+    return rng.normal(size=features), a @ a.T / rank
 
 
 def test_frechet_distance_of_correlated_features():
-    # Computed with another program, by the matrix square root of S1 S2.
-    mu1, mu2 = np.array([1.0, -2.0, 0.5]), np.array([0.0, -1.0, 2.0])
-    s1 = np.array([[2.0, 0.6, -0.4], [0.6, 1.0, 0.3], [-0.4, 0.3, 1.5]])
-    s2 = np.array([[1.0, -0.5, 0.2], [-0.5, 3.0, 0.7], [0.2, 0.7, 0.8]])
-    distance = frechet_distance(mu1, s1, mu2, s2)
-    assert isinstance(distance, float) and distance == pytest.approx(5.759138952)
-    assert frechet_distance(mu2, s2, mu1, s1) == pytest.approx(5.759138952), "symmetric"
+    for features in (1, 3, 6):
+        (mu1, s1), (mu2, s2) = (random_gaussian(seed, features, 9) for seed in (0, 1))
+        wanted = ((mu1 - mu2) ** 2).sum() + np.trace(s1 + s2 - 2 * sqrtm(s1 @ s2).real)
+        distance = frechet_distance(mu1, s1, mu2, s2)
+        assert isinstance(distance, float) and distance == pytest.approx(wanted)
+        assert frechet_distance(mu2, s2, mu1, s1) == pytest.approx(wanted), "symmetric"
 
 
 def test_frechet_distance_of_independent_features_in_closed_form():
@@ -99,317 +97,396 @@ def test_frechet_distance_of_independent_features_in_closed_form():
     assert frechet_distance(mu1, s1, mu2, s2) == pytest.approx(7)
 
 
-def test_frechet_distance_of_singular_covariances(rng):
-    a, zero, one = rng.normal(size=(8, 3)), np.zeros(8), np.ones(8)
-    s = a @ a.T / 8  # rank 3
-    trace = np.trace(s)
-    assert frechet_distance(zero, s, zero, s) == pytest.approx(0, abs=1e-6)
-    assert frechet_distance(zero, s, zero, 4 * s) == pytest.approx(trace)  # 1 + 4 - 4
-    assert frechet_distance(zero, s, one, 0 * s) == pytest.approx(8 + trace)
+def test_frechet_distance_of_singular_covariances():
+    zero, one, near = np.zeros(8), np.ones(8), {"rel": 1e-3, "abs": 1e-3}
+    for rank in (1, 2, 3, 4, 5, 6):
+        _, s = random_gaussian(rank, 8, rank)
+        trace, distance = np.trace(s), frechet_distance(zero, s, one, 0 * s)
+        assert isinstance(distance, float), "never complex"
+        assert distance == pytest.approx(8 + trace, **near)
+        assert frechet_distance(zero, s, zero, 4 * s) == pytest.approx(trace, **near)
+        assert 0 <= frechet_distance(zero, s, zero, s) < 1e-3, "0 or more, never nan"
 
 
-def test_gaussian_is_unbiased():
-    mean, cov = evaluate.gaussian(np.array([[0.0, 1.0], [2.0, 1.0], [4.0, 4.0]]))
-    np.testing.assert_allclose(mean, [2, 2])
-    np.testing.assert_allclose(cov, [[4, 3], [3, 3]])
-
-
-def test_inception_score_between_one_and_the_number_of_classes():
-    assert inception_score(np.zeros((100, 7))) == pytest.approx((1, 0))
-    certain = 1000 * np.eye(5)[np.arange(100) % 5]
+def test_inception_score_against_the_definition():
+    # Two images per class and split, or more: 10 splits of 90 images, 3 of 25.
+    for count, splits in ((90, 10), (25, 3), (3, 1)):
+        logits, scores = 2 * np.random.default_rng(0).normal(size=(count, 4)), []
+        for part in np.array_split(logits, splits):
+            p = np.exp(part) / np.exp(part).sum(axis=1, keepdims=True)
+            scores.append(math.exp((p * np.log(p / p.mean(axis=0))).sum(axis=1).mean()))
+        wanted = np.mean(scores), np.std(scores)
+        assert inception_score(logits) == pytest.approx(wanted)
+    certain = 1000 * np.eye(5)[np.arange(100) % 5]  # 1 to the number of classes
     assert inception_score(certain) == pytest.approx((5, 0))
-    same = 1000 * np.eye(5)[np.zeros(100, int)]  # certain, but no variety
-    assert inception_score(same) == pytest.approx((1, 0))
+    assert inception_score(0 * certain) == pytest.approx((1, 0))
+    assert inception_score(certain[::5]) == pytest.approx((1, 0)), "no variety"
 
 
-def test_inception_score_against_the_definition(rng):
-    logits = 2 * rng.normal(size=(60, 4))
-    scores = []
-    for part in np.split(logits, 3):
-        p = np.exp(part) / np.exp(part).sum(axis=1, keepdims=True)
-        marginal = [sum(p[i, y] for i in range(20)) / 20 for y in range(4)]
-        kl = [
-            p[i, y] * math.log(p[i, y] / marginal[y])
-            for i in range(20)
-            for y in range(4)
-        ]
-        scores.append(math.exp(sum(kl) / 20))
-    wanted = np.mean(scores), np.std(scores)
-    assert inception_score(logits, splits=3) == pytest.approx(wanted)
+def by_brute_force(points, members, k):
+    """Kynkäänniemi et al. 2019, equation 2: the share of points for which some member
+    is at most as far away as the k-th nearest neighbour of that member."""
+    inside = 0
+    for point in points:
+        for i, member in enumerate(members):
+            others = ((np.delete(members, i, axis=0) - member) ** 2).sum(axis=1)
+            if ((point - member) ** 2).sum() <= np.sort(others)[:k][-1]:
+                inside += 1
+                break
+    return inside / len(points)
 
 
 def test_precision_recall_of_points_on_a_line():
-    # Radii of the real points 0, 1, 2, 10: with k = 1 they are 1, 1, 1, 8, and with
-    # k = 2 they are 2, 1, 2, 9. Of the fake points -1, 3, 18, 19.5: 4, 4, 1.5, 1.5.
-    real, fake = (np.array([x]).T for x in ([0.0, 1, 2, 10], [-1.0, 3, 18, 19.5]))
-    precision, recall = precision_recall(real, fake, k=1)
-    assert precision == 0.75, "-1, 3 and 18 lie on the edge of the radii of 0, 2, 10"
-    assert recall == 0.75, "0, 1, 2 lie within the radius of -1, and 10 in none"
-    precision, recall = precision_recall(real, fake, k=2)
-    assert (precision, recall) == (0.75, 1.0), "with k = 2 the radius of 18 is 15"
-    assert precision_recall(real, real) == (1, 1)
-    small = precision_recall(0.01 * real, 0.01 * fake, k=1)
-    assert small == (0.75, 0.75), "the scale of the features must not matter"
+    # With k = 1, the radii of the real points are 1, 1, 1, 8, 30, and of the fake ones
+    # 4, 4, 15, 1, 1. Points on an edge are inside: 3 and 18, at the edges of 2 and 10.
+    real, fake = (np.array([x]).T for x in ([0.0, 1, 2, 10, 40], [-1.0, 3, 18, 90, 91]))
+    assert precision_recall(real, fake, k=1) == pytest.approx((0.6, 0.8))
+    assert precision_recall(fake, real, k=1) == pytest.approx((0.8, 0.6)), "swapped"
+    assert precision_recall(real / 256, fake / 256, k=1) == pytest.approx((0.6, 0.8))
+    assert precision_recall(real, fake, k=2) == pytest.approx((0.6, 1))
 
 
-def test_precision_recall_of_equal_distant_and_narrow_sets(rng):
-    real = rng.normal(size=(1500, 2))  # more than a chunk
-    assert precision_recall(real, real) == (1, 1)
-    assert precision_recall(real, real + 100) == (0, 0)
-    precision, recall = precision_recall(real, 0.01 * real[:200])
-    assert precision > 0.95 and recall < 0.05
-
-
-def test_precision_recall_against_scipy_where_points_lie_on_the_edge(rng):
-    def covered(points, members, k):
-        own = np.sort(cdist(members, members), axis=1)[:, min(k, len(members) - 1)]
-        return (cdist(points, members) <= own).any(axis=1).mean()
-
-    lattice = rng.integers(0, 4, size=(60, 3)).astype(float)  # ties, and equal rows
-    far = rng.normal(size=(50, 5)) + 1000  # products lose digits far from the origin
+def test_precision_recall_by_brute_force_with_doubled_points_and_edges():
+    rng = np.random.default_rng(0)
+    lattice = rng.integers(0, 4, size=(40, 3)).astype(float)  # ties, and equal rows
     pairs = [
-        (lattice, rng.integers(0, 5, size=(50, 3)).astype(float)),
-        (far, far[::-1] + rng.normal(0, 0.7, size=(50, 5))),
+        (lattice, rng.integers(0, 6, size=(30, 3)).astype(float)),
+        (rng.normal(size=(30, 5)), 1.3 * rng.normal(size=(25, 5)) + 0.5),
         (np.zeros((9, 2)), np.concatenate([np.zeros((3, 2)), np.ones((4, 2))])),
         (lattice[:2], lattice[2:5]),  # fewer members than neighbours
     ]
     for real, fake in pairs:
         for k in (1, 3, 5):
-            wanted = covered(fake, real, k), covered(real, fake, k)
-            assert precision_recall(real, fake, k) == pytest.approx(wanted, abs=1e-9)
+            wanted = by_brute_force(fake, real, k), by_brute_force(real, fake, k)
+            assert precision_recall(real, fake, k) == pytest.approx(wanted)
+            assert k != 3 or precision_recall(real, fake) == pytest.approx(wanted)
 
 
-# ---------------------------------------------------------------------------- the judge
+# ---------------------------------------------------------------------------- The judge
 
 
-def test_the_judge_learns(out):
-    train_set, test_set, _ = load_examples(out, "images.pt")
-    judge = evaluate.train_classifier(train_set, 3, 40, 0, CPU)
-    features, logits = evaluate.look(judge, test_set.x, CPU)
-    assert evaluate.class_accuracy(logits, test_set.y) > 0.9
-    assert features.shape == (24, 128) and features.dtype == np.float64
+class Witness(nn.Module):
+    """A stand-in for Classifier that remembers its batches and its weight."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(100.0, dtype=torch.float64))
+        self.start, self.seen, self.weights = torch.rand(1).item(), [], []
+
+    def forward(self, x):
+        self.seen.append(x.clone())
+        self.weights.append(self.weight.item())
+        return None, self.weight / 100 * x[:, 0, 0, :2].double()
 
 
-def test_a_kept_judge_is_used_only_if_it_is_the_right_one(out, capsys, monkeypatch):
-    trainings = spy(monkeypatch, evaluate, "train_classifier")
-    train_set, test_set, _ = load_examples(out, "images.pt")
-    path, settings = out / "classifier.pt", {"images_id": "x", "steps": 2, "seed": 0}
-
-    def get(**changes):
-        """The logits of the judge, whether it was trained, and the printed text."""
-        trainings.clear()
-        judge = evaluate.get_judge(path, train_set, 3, settings | changes, CPU)
-        logits = evaluate.look(judge, test_set.x, CPU)[1]
-        return logits, len(trainings) == 1, capsys.readouterr().out
-
-    logits, trained, printed = get()
-    assert trained and printed == ""
-    again, trained, printed = get()
-    assert not trained and printed == "" and (again == logits).all()
-    for change in ({"images_id": "others"}, {"steps": 3}, {"seed": 1}):
-        _, trained, printed = get(**change)
-        line = f"{path} is of other images or flags: training the judge again\n"
-        assert trained and printed == line, "a judge of other images or flags was used"
-        assert torch.load(path, weights_only=True)["settings"] == settings | change
-    get()
-    cut = path.read_bytes()[:3000]
-    older = {"model": {}}  # without settings
-    unfit = older | {"settings": settings}
-    for damaged in (b"", cut, older, unfit):
-        if isinstance(damaged, bytes):
-            path.write_bytes(damaged)
-        else:
-            torch.save(damaged, path)
-        again, trained, printed = get()
-        assert trained and (again == logits).all()
-        assert printed.startswith(f"{path} is unusable ("), printed
-
-
-# -------------------------------------------------------------------------- the metrics
-
-
-def test_stage_2_alone_starts_from_the_real_coarse_labels(trained, monkeypatch):
-    models, _ = load_models(trained, "ctf", CPU)
-    fine, y = torch.randint(K, (130, 16)), torch.arange(130) % 3
-    monkeypatch.setattr(evaluate, "reconstruct", lambda _, fine: fine)
-    settings = {"cfg_scale": 1.5, "temperature": 0.7, "top_k": 2}
-    found = evaluate.stage2_alone(models, fine, y, 7, settings)
-    generator = torch.Generator().manual_seed(7)
-    parts = [(G[fine[:100]], y[:100]), (G[fine[100:]], y[100:])]
-    wanted = [predict_fine(None, *part, generator, **settings) for part in parts]
-    assert torch.equal(found, torch.cat(wanted))
-
-
-def test_bits_are_nats_over_ln_2_of_each_stage(trained):
-    tokens = load_examples(trained, "tokens.pt")[1]
-    # 2.5 nats per coarse label, 1.5 per fine label given these; 4.25 for the baseline
-    for name, wanted in (("ctf", [3.606738, 2.164043]), ("baseline", [6.131454])):
-        models, _ = load_models(trained, name, CPU)
-        bits = evaluate.bits_per_token(models, *tokens)
-        assert bits == pytest.approx(wanted), f"bits of {name}: divided by ln 2?"
-
-
-# ---------------------------------------------------------------- how pieces are joined
-
-
-def test_each_set_is_measured_with_its_own_images_and_classes(trained, monkeypatch):
-    draw(trained, 16, "--fine-top-k", "3", models=["ctf"])
-    draw(trained, 20, models=["baseline"])
-    names = (
-        "train_classifier",
-        "measure",
-        "look",
-        "swapped_images",
-        "stage2_alone",
+def test_the_judge_learns_from_blurred_and_noisy_images(monkeypatch):
+    monkeypatch.setattr(evaluate, "Classifier", Witness)
+    edge = torch.full((16, 16, 3), 255, dtype=torch.uint8)
+    edge[:, :8] = 0  # -1 to the left of the edge, 1 to the right
+    train_set = Examples(torch.stack([edge, edge.flip(1)]), torch.tensor([0, 1]))
+    judge, *others = (
+        learn(train_set, 2, steps, seed, CPU)
+        for steps, seed in ((60, 0), (1, 0), (1, 1))
     )
-    spies = [spy(monkeypatch, evaluate, name) for name in names]
-    protocol, rows = run(trained, "--seed", "5")
-    (training,), measured, looked, swapped, (alone,) = spies
-    train_set, test_set, _ = load_examples(trained, "images.pt")
-    assert torch.equal(training["train_set"].x, train_set.x), "the judge's images"
-    assert torch.equal(training["train_set"].y, train_set.y)
-    assert (training["steps"], training["seed"]) == (3, 5)
-
-    N = 16  # the smallest set
-    fine, y = load_examples(trained, "tokens.pt")[1]
-    for call in swapped:
-        assert torch.equal(call["fine"], fine[:N])
-    maps = [call["code_to_cluster"].tolist() for call in swapped]
-    assert maps.count(G.tolist()) == 1 and len(maps) == 2  # and a random map
-    assert torch.equal(alone["fine"], fine[:N]) and torch.equal(alone["y"], y[:N])
-    assert alone["fine_settings"]["top_k"] == 3, "not the settings of the samples"
-
-    ctf = "CTF, sampled fine labels, guidance 2, fine top_k 3"
-    assert list(rows) == [*CONTROLS, ALONE, ctf, BASELINE]
-    vqvae, _ = load_tokenizer(trained, CPU)
-    sets = dict.fromkeys(rows, (None, test_set.y))
-    sets["real training images"] = train_set
-    sets["reconstructions"] = reconstruct(vqvae, fine), test_set.y
-    for name, file in ((ctf, "samples.pt"), (BASELINE, "samples-baseline.pt")):
-        samples = torch.load(trained / file, weights_only=True)
-        sets[name] = samples["images"], samples["classes"]
-    real = looked[0]["judge"](to_float(test_set.x))[0].detach()
-    assert len(measured) == len(sets)
-    for call, (name, (x, y)) in zip(measured, sets.items()):
-        assert torch.equal(call["y"], y[:N]), f"{name}: other classes"
-        assert len(call["images"]) == N
-        assert x is None or torch.equal(call["images"], x[:N]), f"{name}: other images"
-        np.testing.assert_allclose(call["real"], real, rtol=1e-4, atol=1e-5)
-    assert protocol["num_samples"] == N and protocol["num_real"] == 24
+    assert not judge.training and len(judge.seen) == 60
+    sigmas, noises = [], []
+    for x in judge.seen:
+        assert x.shape == (128, 3, 16, 16) and x.dtype == torch.float32
+        x = x * x[:, :1, :1, -1:].sign()  # all like edge
+        noise = (x[..., 10:] - 1).flatten(1)  # far from the edge: not blurred
+        is_noisy = noise.abs().amax(dim=1) > 1e-5
+        at_edge = x[..., 8].mean(dim=(1, 2))  # 1 - 2 a, if a neighbour weighs a
+        only_blurred = (at_edge < 1 - 1e-4) & ~is_noisy
+        assert is_noisy.sum() == 64 and only_blurred.sum() == 32, "not half, a quarter"
+        a = (1 - at_edge[only_blurred].mean().item()) / 2
+        assert a < 0.2 or (at_edge[is_noisy] < 0.8).sum() == 32, "a quarter is both"
+        sigmas.append(math.sqrt(0.5 / math.log((1 - 2 * a) / a)))
+        noises.append(noise[is_noisy].std().item())
+    assert 0.295 < min(sigmas) < 0.4 and 0.9 < max(sigmas) < 1.005
+    assert min(noises) < 0.03 and 0.17 < max(noises) < 0.205
+    # AdamW's first step: the decay of 0.05, and the learning rate up or down.
+    rate, moved = 3e-3 / 50, judge.weights[0] - judge.weights[1]
+    assert abs(moved - rate * 0.05 * 100) == pytest.approx(rate, rel=1e-3)
+    for other, same in zip(others, (True, False)):  # the seed
+        assert torch.equal(other.seen[0], judge.seen[0]) == same
+        assert (other.start == judge.start) == same
 
 
-def test_scores_are_those_of_the_judge_that_was_kept(trained, capsys):
-    draw(trained, 16, models=["ctf"])
-    draw(trained, 12, models=["baseline"])
-    protocol, rows = run(trained)
-    assert protocol["num_samples"] == 12 and protocol["data"] == "pets"
-    printed = capsys.readouterr().out
-    assert "12 images (samples-baseline.pt) are fewer than 128\nfeatures" in printed
-    judge = evaluate.Classifier(3)
-    kept = torch.load(trained / "classifier.pt", weights_only=True)
-    judge.load_state_dict(kept["model"])
-    judge.eval()
-    train_set, test_set, _ = load_examples(trained, "images.pt")
-    real, logits = evaluate.look(judge, test_set.x, CPU)
-    right = (logits.argmax(1) == test_set.y.numpy()).mean()
-    assert protocol["judge_accuracy"] == pytest.approx(right)
-    samples = torch.load(trained / "samples.pt", weights_only=True)
-    pairs = {CTF: (samples["images"], samples["classes"]), CONTROLS[0]: train_set}
-    for name, (x, y) in pairs.items():
-        features, logits = evaluate.look(judge, x[:12], CPU)
-        gaussians = [p for f in (real, features) for p in (f.mean(0), np.cov(f.T))]
-        wanted = {"fd": frechet_distance(*gaussians)}
-        wanted["inception_score"], _ = inception_score(logits)
-        wanted["class_accuracy"] = (logits.argmax(1) == y[:12].numpy()).mean()
-        wanted["precision"], wanted["recall"] = precision_recall(real[:12], features)
-        found = {key: rows[name][key] for key in wanted}
-        assert found == pytest.approx(wanted, rel=1e-4), name
-
-
-def test_rows_hold_the_settings_seconds_and_sizes_of_their_own_model(trained):
-    edit(trained / "fine.pt", seconds=10.0, step=6)
-    flags = "--seed", "6"
-    draw(trained, 16, "--temperature=0.5", "--fine-top-k=3", *flags, models=["ctf"])
-    draw(trained, 16, "--top-k=7", "--cfg-scales=1.5", *flags, models=["baseline"])
-    _, rows = run(trained)
-    ctf, baseline = list(rows.values())[-2:]
-    assert (ctf["model"], ctf["temperature"], ctf["top_k"]) == ("ctf", 0.5, 0)
-    assert ctf["fine_settings"]["top_k"] == 3 and ctf["seed"] == 6
-    assert (baseline["model"], baseline["top_k"]) == ("baseline", 7)
-    assert (ctf["train_seconds"], baseline["train_seconds"]) == (11.5, 1.5)
-    assert (ctf["steps"], baseline["steps"]) == ([7, 6], [7])
-    nats = ([2.5, 1.5], ["coarse.pt", "fine.pt"]), ([4.25], ["baseline.pt"])
-    for row, (nats_per_stage, files) in zip((ctf, baseline), nats):
-        bits = [value / math.log(2) for value in nats_per_stage]
-        assert row["bits_per_stage"] == pytest.approx(bits)
-        assert row["bits_per_token"] == pytest.approx(sum(bits))
-        models = [torch.load(trained / name, weights_only=True) for name in files]
-        sizes = [w.numel() for model in models for w in model["model"].values()]
-        assert row["parameters"] == sum(sizes)
-
-
-def test_a_kept_copy_is_judged_in_its_own_folder(trained, monkeypatch):
-    trainings = spy(monkeypatch, evaluate, "train_classifier")
-    kept = trained / "kept-01"
-    kept.mkdir()
-    for name in ("coarse.pt", "fine.pt"):
-        copy = torch.load(trained / name, weights_only=True)
-        copy["model"] = {key: w / 2 for key, w in copy["model"].items()}
-        torch.save(copy | {"step": 3, "weights_id": f"half-{name}"}, kept / name)
+def test_the_judge_learns_and_is_trusted_only_then(trained, capsys):
     draw(trained)
-    draw(kept, models=["ctf"])
+    run(trained)
+    train_set = Examples(*read(trained / "images.pt")["train"])
+    judge = learn(train_set, 3, 40, 0, CPU, B=16)
+    capsys.readouterr()
+    for name, model in (("learnt", judge), ("random", noisy(Classifier(3)))):
+        edit(trained / "classifier.pt", model=model.state_dict())
+        run(trained)
+        table, _, text = capsys.readouterr().out.partition("The judge is right on ")
+        assert "| reconstructions |" in table
+        assert (float(text.partition("%")[0]) > 80) == (name == "learnt")
+        assert ("hardly better than chance" in text) == (name == "random")
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    assert "(default: 800)" in capsys.readouterr().out
+
+
+def test_the_judge_is_trained_once_and_never_replaced(trained, capsys):
+    path, kept = trained / "classifier.pt", trained / "kept-01"
+    kept.mkdir()
+    copy = read(trained / "coarse.pt") | {"step": 3, "weights_id": "half"}
+    copy["model"] = {name: w / 2 for name, w in copy["model"].items()}
+    torch.save(copy, kept / "coarse.pt")
+    draw(trained)
+    draw(trained, model="baseline")
+    draw(kept)
     _, final = run(trained)
+    before, printed = path.read_bytes(), capsys.readouterr().out
+    assert f"{kept / 'coarse.pt'} is unfinished: step 3 of 7" in printed
+    assert "of an earlier run" not in printed
     _, early = run(kept)
-    assert list(early) == [*CONTROLS, ALONE, CTF], (
-        "only the samples of the folder itself"
-    )
-    assert early[CTF]["steps"] == [3, 3] and final[CTF]["steps"] == [7, 7]
-    assert early[CTF]["fd"] != final[CTF]["fd"]
-    for name in CONTROLS:
-        assert early[name] == final[name], "the controls are those of the folder above"
-    assert len(trainings) == 1 and not (kept / "classifier.pt").exists()
+    assert f"the judge is {path}, of an earlier run" in capsys.readouterr().out
+    assert list(early) == [*CONTROLS, ALONE, CTF], "only samples of the folder itself"
+    assert early[CTF]["weights"] == ["kept-01/coarse.pt", "out/fine.pt"]
+    assert early[CTF]["steps"] == [3, 11] and early[CTF]["fd"] != final[CTF]["fd"]
+    assert all(early[name] == final[name] for name in CONTROLS)
+
+    flags = "--judge-steps=2", "--out"
+    refused = [("--judge-steps=4", "--out", trained), ("--seed=1", *flags, trained)]
+    refused += [("--judge-steps=1", "--out", kept), (*flags, trained)]
+    for command in refused:
+        if command == refused[-1]:
+            edit(path, images_id="others")
+            before = path.read_bytes()
+        code, message = error_of(capsys, evaluate.main, *command)
+        assert code == 1 and f"{path} does not belong here" in message
+        assert path.read_bytes() == before and not (kept / path.name).exists()
+    path.unlink()
+    assert run(kept, "--seed=1")[0]["seed"] == 1
+    assert read(path)["images_id"] == "the-images", "beside images.pt"
 
 
-def test_a_row_says_which_stage_was_inherited(trained, capsys):
-    variant = trained / "longer"
-    variant.mkdir()
-    fine = torch.load(trained / "fine.pt", weights_only=True)
-    torch.save(fine | {"step": 9}, variant / "fine.pt")
-    draw(variant, models=["ctf"])
-    _, rows = run(variant)
-    row, weights = rows[CTF], [str(trained / "coarse.pt"), str(variant / "fine.pt")]
-    assert row["weights"] == weights and row["steps"] == [7, 9]
-    table = [line for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
-    assert len({line.count("|") for line in table}) == 1, "rows of unequal length"
-    assert [line.split(" | ")[0][2:] for line in table[2:]] == list(rows)
-    assert table[-1].startswith(f"| {CTF} | {row['fd']:.2f} |")
-    assert "| 3.61 + 2.16 |" in table[-1]
-    assert table[-1].endswith(f"| {weights[0]} (7) + {weights[1]} (9) |")
+# --------------------------------------------------------------- Scores, bits, controls
 
 
-@pytest.mark.parametrize(("count", "N"), [(2, 2), (30, 24)])
-def test_every_set_has_the_size_of_the_smallest(trained, count, N):
-    draw(trained, count, models=["ctf"])  # there are 24 test images
-    assert run(trained)[0]["num_samples"] == N
+def swapped(vqvae, fine, code_to_cluster=G):
+    """Images of fine labels (N, T), swapped as by the stand-in."""
+    swap = test_sample.swap_within_clusters
+    return pixels(vqvae, swap(fine, code_to_cluster.numpy(), None))
+
+
+def test_scores_of_a_set_of_images(out):
+    judge, test_x = noisy(Classifier(3)), read(out / "images.pt")["test"][0]
+    images = torch.cat([test_x[:7], torch.randint_like(test_x[:4], 256)])
+    many = torch.cat([test_x, torch.randint_like(test_x, 256).repeat(10, 1, 1, 1)])
+    real, features = (evaluate.look(judge, x, CPU)[0] for x in (many, images))
+    logits = evaluate.look(judge, images, CPU)[1]
+    assert real.shape == (264, 128) and real.dtype == logits.dtype == np.float64
+    with torch.no_grad():
+        np.testing.assert_allclose(real, judge(to_float(many))[0], 1e-3, 1e-4)
+        np.testing.assert_allclose(logits, judge(to_float(images))[1], 1e-3, 1e-4)
+    y = torch.from_numpy(logits.argmax(axis=1) + ([0] * 4 + [1] * 7)) % 3
+    # tr (S1 S2)^1/2 is the nuclear norm of A B', if S1 = A'A and S2 = B'B.
+    a, b = ((x - x.mean(axis=0)) / math.sqrt(len(x) - 1) for x in (real, features))
+    wanted = {"fd": ((real.mean(axis=0) - features.mean(axis=0)) ** 2).sum()}
+    wanted["fd"] += (a**2).sum() + (b**2).sum() - 2 * np.linalg.norm(a @ b.T, "nuc")
+    wanted |= {"inception_score": inception_score(logits)[0], "class_accuracy": 4 / 11}
+    wanted["precision"] = by_brute_force(features, real[:11], 3)
+    wanted["recall"] = by_brute_force(real[:11], features, 3)
+    assert evaluate.score(images, y, judge, real, CPU) == pytest.approx(wanted, 1e-5)
+    assert wanted["precision"] != wanted["recall"]
+    x = torch.from_numpy(real)
+    assert (evaluate.distances(x, x).diagonal() == 0).all(), "rounding at the edge"
+
+
+@pytest.mark.parametrize("name", ["ctf", "baseline"])
+def test_bits_are_nats_over_ln_2_of_each_stage(trained, name):
+    models, _ = load_models(trained, name, CPU)
+    fine, y = read(trained / "tokens.pt")["test"]
+    nats = [mean_loss(models.ar, G[fine] if name == "ctf" else fine, y)]
+    if name == "ctf":
+        nats += mean_fine_loss(models.aux, fine, y)[:1]
+    bits = evaluate.bits_per_token(models, fine, y)
+    assert bits == pytest.approx([value / math.log(2) for value in nats])
 
 
 def test_random_clusters_are_not_called_k_means(trained):
-    edit(trained / "clusters.pt", method="random")
-    draw(trained, models=["ctf"])
-    protocol, rows = run(trained)
-    assert protocol["clusters"] == "random"
-    swaps = [name for name in rows if name.startswith("swapped")]
-    assert swaps == ["swapped within random clusters"]
+    vqvae = load_models(trained, "ctf", CPU)[0].vqvae
+    clusters = read(trained / "clusters.pt") | {"method": "random"}
+    fine, _ = read(trained / "tokens.pt")["test"]
+    found = evaluate.swaps(vqvae, fine, clusters, 0)
+    assert list(found) == ["random"] and torch.equal(
+        found["random"], swapped(vqvae, fine)
+    )
 
 
-def test_other_shares_of_the_classes_are_warned_of(trained, capsys):
-    draw(trained, models=["ctf"])
-    run(trained)
-    assert "that alone raises" not in capsys.readouterr().out
-    draw(trained, 16, "--classes", "bee", models=["ctf"])
-    run(trained)
-    printed = capsys.readouterr().out
-    assert f"the classes of {CTF} have other shares" in printed
+def test_stage_2_alone_starts_from_the_real_coarse_labels(trained, monkeypatch):
+    models, how = load_models(trained, "ctf", CPU)[0], Sampling(1.5, 0.7, 2, 0.9)
+    fine, y, calls = torch.randint(K, (130, T)), torch.arange(130) % 3, []
+
+    def watched(model, coarse, y, generator, sampling):
+        seed = generator.initial_seed()
+        found = predict_fine(model, coarse, y, generator, sampling)
+        calls.append((coarse, y, found, seed, generator, sampling))
+        return found
+
+    monkeypatch.setattr(evaluate, "predict_fine", watched)
+    found = evaluate.stage2_alone(models, fine, y, 7, how)
+    coarse, classes, predicted = (torch.cat(part) for part in list(zip(*calls))[:3])
+    assert torch.equal(coarse, G[fine]) and torch.equal(classes, y)
+    assert {call[3:] for call in calls} == {(7, calls[0][4], how)}, "one generator"
+    assert torch.equal(found, pixels(models.vqvae, predicted))
+
+
+# --------------------------------------------------------------------------- The script
+
+
+def test_each_row_has_its_own_images_and_classes(trained):
+    (x, y), order = read(trained / "images.pt")["train"], torch.randperm(36)
+    train_set = x[order], y[order]
+    edit(trained / "images.pt", train=train_set)
+    draw(trained, 16, "--fine-top-k=3")
+    draw(trained, 20, "--seed=3", model="baseline")
+    protocol, rows = run(trained, "--seed=5")
+    N, (x, y) = 16, read(trained / "images.pt")["test"]
+    fine, _ = read(trained / "tokens.pt")["test"]
+    (models, _), (baseline, _) = (load_models(trained, m, CPU) for m in sample.FILES)
+    tests = [pixels(models.vqvae, fine), swapped(models.vqvae, fine)]
+    mixed = np.random.default_rng(5).permutation(G.numpy())
+    tests += [swapped(models.vqvae, fine, torch.from_numpy(mixed))]
+    alone = models, fine[:N], y[:N], 5, Sampling(top_k=3)
+    tests += [evaluate.stage2_alone(*alone)]
+    sets = [train_set, *((images, y) for images in tests)]
+    for samples in (read(trained / name) for name in sample.FILES.values()):
+        sets.append((samples["images"], samples["classes"]))
+    assert list(rows) == [*CONTROLS, ALONE, f"{CTF}, fine top_k 3", BASELINE]
+    judge = train_classifier(Examples(*train_set), 3, 2, 5, CPU)
+    real, logits = evaluate.look(judge, x, CPU)
+    for (name, row), (images, classes) in zip(rows.items(), sets):
+        wanted = evaluate.score(images[:N], classes[:N], judge, real, CPU)
+        assert {key: row[key] for key in wanted} == pytest.approx(wanted, 1e-4), name
+    for row, used in zip(list(rows.values())[-2:], (models, baseline)):
+        bits = evaluate.bits_per_token(used, fine, y)
+        assert [row["bits_per_token"], *row["bits_per_stage"]] == [sum(bits), *bits]
+    wanted = {"data": "pets", "num_samples": N, "num_real": 24, "device": "cpu"}
+    wanted |= {"clusters": "kmeans", "judge_steps": 2, "seed": 5}
+    wanted["judge_accuracy"] = (logits.argmax(axis=1) == y.numpy()).mean()
+    assert protocol == wanted | {"psnr": pytest.approx(psnr(x, tests[0]), rel=1e-4)}
+
+
+@pytest.fixture
+def evaluated(trained, monkeypatch, capsys):
+    """The folder, the protocol, {name: row}, what was printed, and metrics.png. The
+    scores are a stand-in's, no value twice. The judge has only 16 features."""
+    draw(trained, 16, "--temperature=0.5", "--seed=6")
+    draw(trained, 16, "--top-k=7", "--seed=4", model="baseline")
+    edit(trained / "samples.pt", images_per_second=123.4)
+    edit(trained / "samples-baseline.pt", images_per_second=56.7)
+    numbers, look = iter(range(1, 99)), evaluate.look
+
+    def score(*_):
+        i = next(numbers)
+        scores = {"fd": 1.11 * i, "inception_score": 9 - i / 3, "recall": 1 - i / 19}
+        return scores | {"class_accuracy": i / 13, "precision": i / 17}
+
+    few = lambda *arguments: (look(*arguments)[0][:, :16], look(*arguments)[1])
+    monkeypatch.setattr(evaluate, "look", few)
+    monkeypatch.setattr(evaluate, "score", score)
+    figures = test_sample.saved_figures(monkeypatch)
+    found = trained, *run(trained), capsys.readouterr().out
+    return *found, figures[trained / "metrics.png"]
+
+
+TITLE = "16 images per row against 24 test images of pets"
+
+
+def test_every_cell_of_the_table_is_that_of_metrics_json(evaluated):
+    out, protocol, rows, printed, _ = evaluated
+    ctf = f"{CTF}, temperature 0.5", ["coarse", "fine"], ["ctf", 6, 123.4, [7, 11], 5.5]
+    other = f"{BASELINE}, top_k 7", ["baseline"], ["baseline", 4, 56.7, [9], 2.5]
+    for name, files, facts in (ctf, other):
+        row, artifacts = rows[name], [read(out / f"{file}.pt") for file in files]
+        keys = "model", "seed", "images_per_second", "steps", "train_seconds"
+        assert [row[key] for key in keys] == facts
+        assert row["weights"] == [f"out/{file}.pt" for file in files]
+        sizes = [w.numel() for a in artifacts for w in a["model"].values()]
+        samples = read(out / sample.FILES[row["model"]])
+        assert row["parameters"] == sum(sizes)
+        assert all(row[key] == samples[key] for key in ("stage1", "stage2"))
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    heads = "images, FD, IS, class accuracy, precision, recall, bits per token"
+    heads += ", parameters, training s, images/s, weights (steps)"
+    assert table[:2] == [heads.split(", "), ["---"] * 11] and len(table) == 9
+    for cells, (name, row) in zip(table[2:], rows.items()):
+        wanted = [name, f"{row['fd']:.2f}", f"{row['inception_score']:.2f}"]
+        wanted += [f"{100 * row['class_accuracy']:.1f}%", f"{row['precision']:.3f}"]
+        wanted += [f"{row['recall']:.3f}"]
+        if "model" in row:
+            wanted += [" + ".join(f"{value:.2f}" for value in row["bits_per_stage"])]
+            wanted += [f"{row['parameters'] / 1e6:.2f}M", f"{row['train_seconds']:.0f}"]
+            pairs = zip(row["weights"], row["steps"])
+            wanted += [f"{row['images_per_second']:.0f}"]
+            wanted += [" + ".join(f"{path} ({step})" for path, step in pairs)]
+        assert cells == wanted + [""] * (11 - len(wanted))
+    assert f"\n{TITLE}.\n" in printed and f" {protocol['psnr']:.2f} dB" in printed
+    assert "singular" not in printed, "16 images, 16 features"
+
+
+def test_the_picture_shows_metrics_json(evaluated):
+    *_, rows, _, figure = evaluated
+    colors = ["grey", "grey", "green", "red", "olive", "orange", "blue"]
+    distance, accuracy = figure.axes
+    fd = distance, "log", 1, "fd", "{:.2f}", "distance (log scale): lower is better"
+    other = accuracy, "linear", 100, "class_accuracy", "{:.1f}", "%: higher is better"
+    for ax, scale, factor, key, text, label in (fd, other):
+        values = [factor * row[key] for row in rows.values()]
+        assert [bar.get_width() for bar in ax.patches] == pytest.approx(values)
+        wanted = [to_rgba(f"tab:{color}") for color in colors]
+        assert [bar.get_facecolor() for bar in ax.patches] == wanted
+        assert [t.get_text() for t in ax.texts] == [text.format(v) for v in values]
+        assert label in ax.get_xlabel() and ax.get_xscale() == scale
+        assert ax.yaxis_inverted(), "the first row at the top"
+    assert [t.get_text() for t in distance.get_yticklabels()] == list(rows)
+    assert figure.get_suptitle() == TITLE
+
+
+def test_a_failing_write_loses_nothing(evaluated, monkeypatch, capsys):
+    def no_room(source, target):
+        raise OSError("no room")
+
+    path = evaluated[0] / "metrics.json"
+    before = path.read_bytes()
+    assert not list(path.parent.glob("*.tmp"))
+    monkeypatch.setattr(os, "replace", no_room)
+    with pytest.raises(OSError, match="no room"):
+        run(path.parent)  # the stand-in for score has other numbers now
+    assert path.read_bytes() == before
+    assert f"| {CTF}" in capsys.readouterr().out, "printed first"
+
+
+def test_every_row_has_the_size_of_the_smallest_set(trained, capsys):
+    x, y = read(trained / "images.pt")["train"]
+    test_set = read(trained / "images.pt")["test"]
+    sizes = [(30, test_set, 24), (9, test_set, 9), (30, (x, y), 24)]
+    sizes += [(9, (x[:2], y[:2]), 2)]
+    for count, train, N in sizes:
+        edit(trained / "images.pt", train=train)
+        draw(trained, count)
+        assert run(trained)[0]["num_samples"] == N
+        printed = capsys.readouterr().out
+        assert f"the smallest set has {N} images, fewer than 128" in printed
+        if train is test_set and N == 24:
+            assert "| real training images | 0.00 |" in printed, "the same images"
+
+
+def test_other_shares_of_the_classes_are_warned_of(capsys):
+    test_y = torch.arange(100) // 50
+    for moved, new in ((9, 0), (11, 0), (9, 2), (11, 2)):  # of 100 images
+        y = test_y.clone()
+        y[-moved:] = new
+        evaluate.warn_of_shares("these samples", y, test_y)
+        text = "the classes of these samples have other shares"
+        assert (text in capsys.readouterr().out) == (moved == 11)
 
 
 def test_what_cannot_be_judged_ends_in_one_line(trained, capsys):
@@ -418,12 +495,18 @@ def test_what_cannot_be_judged_ends_in_one_line(trained, capsys):
         assert code == 1 and not (out / "metrics.json").exists()
         return message
 
-    draw(trained, 1, models=["baseline"])
-    assert "only one of samples-baseline.pt: a covariance needs two" in error()
-    (trained / "samples-baseline.pt").unlink()
-    draw(trained, models=["ctf"])
-    assert "cfg4 has no samples" in error(trained / "cfg4")  # those of cfg4 itself
+    assert "run python sample.py first" in error()
+    draw(trained, 1, model="baseline")
+    assert "a set of images has only one" in error()
+    draw(trained)
+    assert "v has no samples" in error(trained / "v"), "those of v itself"
+    files = dict.fromkeys(["tokenizer", "coarse", "fine"], "sample.py again")
+    for name, script in (files | {"baseline": "sample.py --model baseline"}).items():
+        path = trained / f"{name}.pt"
+        before = path.read_bytes()
+        edit(path, weights_id="of another training")
+        assert f"is from other weights: run python {script}" in error()
+        path.write_bytes(before)
     edit(trained / "images.pt", class_names=NAMES[:1])
-    assert "a single class: the judge would have nothing to learn" in error()
-    edit(trained / "images.pt", class_names=NAMES)
-    assert CTF in run(trained)[1]  # without a fault
+    run(trained)
+    assert "hardly better than chance" in capsys.readouterr().out, "of one class"

@@ -15,35 +15,29 @@ def run(folder, script, *flags):
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, check=False, timeout=200
     )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     return done.stdout
 
 
 def test_from_images_to_metrics(tmp_path, images):
     few = ["--steps", "3", "--batch-size", "8"]
     model = ["--image-size", "16", "--channels", "16", "--codebook-size", "24"]
-    model += ["--codebook-after", "1"]
     run(tmp_path, "tokenizer.py", "--data", str(images), *few, *model)
     run(tmp_path, "cluster.py", "--clusters", "4")
     run(tmp_path, "ar_model.py", *few, *SIZES)
     run(tmp_path, "aux_model.py", *few, *SIZES)
     run(tmp_path, "sample.py", "--num-samples", "12", "--export", "--anatomy")
     assert "| CTF" in run(tmp_path, "evaluate.py", "--judge-steps", "3")
-
     out = tmp_path / "out"
     stems = ["tokenizer", "clusters", "coarse", "fine", "samples"]
     pictures = {f"{stem}.png" for stem in (*stems, "metrics", "anatomy")}
     artifacts = {f"{stem}.pt" for stem in (*stems, "images", "tokens", "classifier")}
     written = {path.name for path in out.iterdir()}  # no temporary file among them
     assert written == pictures | artifacts | {"metrics.json", "export"}
-    for name in pictures:
-        assert (out / name).stat().st_size > 5000
+    assert all((out / name).stat().st_size > 5000 for name in pictures)
     for name in artifacts:
         torch.load(out / name, weights_only=True)
-    for name, count in (("samples", 12), ("real", 24)):
-        assert len(np.load(out / "export" / f"{name}.npz")["arr_0"]) == count
-        assert len(list((out / "export" / name).glob("*.png"))) == count
+    assert len(np.load(out / "export" / "samples.npz")["arr_0"]) == 12
     rows = json.loads((out / "metrics.json").read_text("utf-8"))["rows"]
     (ctf,) = (row for row in rows if row.get("model") == "ctf")
     assert np.isfinite(ctf["fd"]) and ctf["bits_per_token"] > 0

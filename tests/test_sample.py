@@ -1,375 +1,359 @@
-import inspect
+import math
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, G, K, M, T, edit, error_of, places, spy
+from conftest import NAMES, G, K, M, T, edit, error_of
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.special import softmax, xlogy
 
+import aux_model
 import cluster
 import sample
-from sample import FINE_SETTINGS, SETTINGS, choose_classes
-from tokenizer import load_examples, load_tokenizer, reconstruct, to_uint8
+from ar_model import Sampling
+from sample import FILES, choose_classes, load_models, parse_args
 
 CPU = torch.device("cpu")
-SOME = {"cfg_scale": 2.5, "temperature": 0.7, "top_k": 3, "top_p": 0.9}
-FINE_SOME = {"cfg_scale": 1.5, "temperature": 0.5, "top_k": 2}
+# A Sampling of stage 1 and one of stage 2: no value twice.
+SOME, FINE_SOME = Sampling(3.0, 0.7, 9, 0.8), Sampling(2.25, 0.6, 5, 0.85)
 
 
-def generate(model, y, generator, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0):
-    """A stand-in: tokens that depend on the weights and on all arguments."""
-    setting = 1.7 * cfg_scale + 2.3 * temperature + 3 * top_k + 4.1 * top_p
-    setting += model.head.weight.abs().sum()
-    noise = torch.rand(len(y), T, generator=generator)
-    return (99 * noise + y[:, None] + setting).long() % model.config.vocabulary
+def numbers(y, generator, sampling, other=0):
+    """Integers (B, T) that depend on all arguments."""
+    noise = torch.randint(1000, (len(y), T), generator=generator)
+    factor = 1 + (hash(sampling) + other) % 1009
+    return (noise * factor + 13 * y[:, None]) // 8
 
 
-def predict_fine(model, coarse, y, generator, cfg_scale=1.0, temperature=1.0, top_k=0):
-    """A stand-in: codes q of the right clusters, q % M == coarse."""
-    setting = 1.7 * cfg_scale + 2.3 * temperature + 3 * top_k
-    noise = torch.rand(len(y), T, generator=generator)
-    rank = (99 * noise + y[:, None] + setting).long() % (K // M)
-    return coarse + M * rank
+def generate(model, y, generator, sampling):
+    """A stand-in: labels that depend on the weights and on all arguments."""
+    weights = int(1000 * model.head.weight.abs().sum())
+    return numbers(y, generator, sampling, weights) % model.config.vocabulary
 
 
-@pytest.fixture(autouse=True)
-def stand_ins(monkeypatch):
+def predict_fine(model, coarse, y, generator, sampling):
+    """A stand-in: codes of the right clusters that depend on all arguments."""
+    members = model.members[coarse]  # (B, T, S)
+    index = numbers(y, generator, sampling) % (members >= 0).sum(dim=-1)
+    return members.gather(-1, index[..., None])[..., 0]
+
+
+def invert(code_to_cluster):
+    """A stand-in: the codes of each cluster, and no places."""
+    rows = [np.flatnonzero(code_to_cluster == m) for m in range(M)]
+    padded = [np.pad(row, (0, 10 - len(row)), constant_values=-1) for row in rows]
+    return np.stack(padded), np.zeros(K, int)
+
+
+def swap_within_clusters(fine, code_to_cluster, rng):
+    """A stand-in: the lowest code in the cluster of each token."""
+    return np.unique(code_to_cluster, return_index=True)[1][code_to_cluster[fine]]
+
+
+@torch.no_grad()
+def pixels(vqvae, fine):
+    """Images uint8 (B, H, W, 3) of fine labels (B, T)."""
+    x = vqvae.decode(vqvae.codebook[fine].view(-1, 4, 4, 8).permute(0, 3, 1, 2))
+    return (127.5 * (x.clip(-1, 1) + 1)).round().byte().permute(0, 2, 3, 1)
+
+
+def sample_images(models, y, generator, stage1, stage2):
+    """A stand-in, of the stand-ins."""
+    coarse, fine = None, generate(models.ar, y, generator, stage1)
+    if models.aux is not None:
+        coarse = fine
+        fine = predict_fine(models.aux, coarse, y, generator, stage2)
+    return pixels(models.vqvae, fine), coarse, fine
+
+
+def use_stand_ins(monkeypatch):
     """The scripts before this one have tests of their own."""
     monkeypatch.setattr(sample, "generate", generate)
     monkeypatch.setattr(sample, "predict_fine", predict_fine)
-    swap = lambda tokens, code_to_cluster, rng: code_to_cluster[tokens]
-    monkeypatch.setattr(cluster, "swap_within_clusters", swap)
+    monkeypatch.setattr(aux_model, "invert", invert)
+    monkeypatch.setattr(cluster, "swap_within_clusters", swap_within_clusters)
 
 
-def run(out, *flags, name="samples.pt"):
+stand_ins = pytest.fixture(autouse=True)(use_stand_ins)
+
+
+def saved_figures(monkeypatch):
+    """A dict that receives {path: Figure} from now on."""
+    figures = {}
+    keep = lambda figure, path, **how: figures.update({path: figure})
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def run(out, *flags, model="ctf"):
     """What sample.py writes to out, of six images."""
-    sample.main(["--out", str(out), "--num-samples", "6", *flags])
-    return torch.load(out / name, weights_only=True)
+    sample.main(["--out", str(out), "--num-samples=6", "--model", model, *flags])
+    return read(out / FILES[model])
 
 
-def watched(monkeypatch, name):
-    """The calls of a stand-in: (arguments, result) of each."""
-    calls, original = [], getattr(sample, name)
-
-    def call(*args, **kwargs):
-        bound = inspect.signature(original).bind(*args, **kwargs)
-        bound.apply_defaults()
-        calls.append((bound.arguments, original(*args, **kwargs)))
-        return calls[-1][1]
-
-    monkeypatch.setattr(sample, name, call)
-    return calls
-
-
-# --------------------------------------------------------------- from classes to pixels
+def check_samples(models, y, size, seed, stage1, stage2, images, coarse, fine):
+    """Whether these are the samples of the stand-ins for y (N,), size per batch."""
+    how = torch.Generator().manual_seed(seed), stage1, stage2
+    parts = [sample_images(models, part, *how) for part in y.split(size)]
+    wanted, wanted_coarse, wanted_fine = zip(*parts)
+    if models.aux is None:
+        assert coarse is None, "the baseline has no coarse labels"
+    else:
+        assert torch.equal(coarse, torch.cat(wanted_coarse)), "not those of stage 1"
+    assert torch.equal(fine, torch.cat(wanted_fine)), "not the fine labels sampled"
+    assert images.dtype == torch.uint8 and images.shape == (len(y), 16, 16, 3)
+    wrong = (images.float() - torch.cat(wanted).float()).abs()
+    assert wrong.max() <= 1 and wrong.mean() < 0.01, "not the pixels of the fine labels"
 
 
-def test_coarse_then_fine_then_pixels(trained, monkeypatch):
-    models, _ = sample.load_models(trained, "ctf", CPU)
-    models["vqvae"].codebook.mul_(20)  # pixels far beyond -1..1, which must be clipped
-    stage1, stage2 = (watched(monkeypatch, f) for f in ("generate", "predict_fine"))
+# --------------------------------------------------------------- From classes to pixels
+
+
+def check_sample_images(out, name):
+    models, _ = load_models(out, name, CPU)
+    models.vqvae.codebook.mul_(20)  # pixels far beyond -1..1, which must be clipped
+    gradients = []
+    watch = lambda *_: gradients.append(torch.is_grad_enabled())
+    handle = models.vqvae.decoder.register_forward_hook(watch)
     y, generator = torch.tensor([0, 2, 1, 1]), torch.Generator().manual_seed(3)
-    images, coarse, fine = sample.sample_images(models, y, generator, SOME, FINE_SOME)
-    ((first, coarse_of_1),), ((second, fine_of_2),) = stage1, stage2
-    assert torch.equal(coarse, coarse_of_1), "not the coarse labels of stage 1"
-    assert torch.equal(fine, fine_of_2), "not the fine labels of stage 2"
-    assert first["model"] is models["ar"] and second["model"] is models["aux"]
-    assert torch.equal(second["coarse"], coarse_of_1), "stage 2 needs those of stage 1"
-    for call, wanted in ((first, SOME), (second, FINE_SOME)):
-        assert wanted.items() <= call.items(), (
-            "no settings, or those of the other stage"
-        )
-        assert call["generator"] is generator, "both stages use the same generator"
-        assert torch.equal(call["y"], y)
-    assert images.dtype == torch.uint8 and images.shape == (4, 16, 16, 3)
-    wanted = reconstruct(models["vqvae"], fine_of_2)
-    assert torch.equal(images, wanted), "not the pixels of the fine labels"
+    found = sample.sample_images(models, y, generator, SOME, FINE_SOME)
+    handle.remove()
+    check_samples(models, y, 4, 3, SOME, FINE_SOME, *found)
+    assert not any(gradients), "no gradients are needed"
 
 
-def test_the_baseline_draws_fine_labels_directly(trained, monkeypatch):
-    models, _ = sample.load_models(trained, "baseline", CPU)
-    stage1, stage2 = (watched(monkeypatch, f) for f in ("generate", "predict_fine"))
-    y, generator = torch.tensor([0, 2, 1]), torch.Generator().manual_seed(0)
-    images, coarse, fine = sample.sample_images(models, y, generator, SOME, FINE_SOME)
-    ((call, wanted),) = stage1
-    assert SOME.items() <= call.items(), "settings are those of the baseline too"
-    assert call["generator"] is generator and torch.equal(call["y"], y)
-    assert coarse is None and not stage2, "the baseline has no coarse labels"
-    assert torch.equal(fine, wanted), "not the fine labels of the baseline"
-    assert torch.equal(images, reconstruct(models["vqvae"], fine))
+def test_coarse_then_fine_then_pixels(trained):
+    check_sample_images(trained, "ctf")
 
 
-def test_batches_continue_with_the_same_generator(trained):
-    models, _ = sample.load_models(trained, "ctf", CPU)
-    y, settings = torch.tensor([0, 1, 2, 2, 1]), (SETTINGS, FINE_SETTINGS)
-    *found, speed = sample.sample_batches(models, y, 4, *settings, 2)
-    generator = torch.Generator().manual_seed(4)
-    parts = [sample.sample_images(models, p, generator, *settings) for p in y.split(2)]
-    for tensor, wanted in zip(found, zip(*parts)):
-        assert torch.equal(tensor, torch.cat(wanted))
-    assert speed > 0
+def test_the_baseline_samples_fine_labels_directly(trained):
+    check_sample_images(trained, "baseline")
 
 
-# ---------------------------------------------------------------- how pieces are joined
+def test_batches_continue_with_the_same_generator_and_are_timed(trained, monkeypatch):
+    models, _ = load_models(trained, "ctf", CPU)
+    clock, seconds, timed = [0.0], iter([7.0, 2.0, 3.0, 4.0]), sample.sample_images
+
+    def sample_images(*args, **kwargs):
+        clock[0] += next(seconds)
+        return timed(*args, **kwargs)
+
+    monkeypatch.setattr(sample, "sample_images", sample_images)
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: clock[0])
+    y, how = torch.tensor([0, 1, 2, 2, 1]), (SOME, FINE_SOME)
+    *found, speed = sample.sample_batches(models, y, 4, *how, batch_size=2)
+    check_samples(models, y, 2, 4, *how, *found)
+    assert speed == pytest.approx(3 / 5), "without the 2 images and 7 s of the first"
+    *_, speed = sample.sample_batches(models, y, 4, *how, batch_size=5)
+    assert speed == pytest.approx(5 / 4), "of the only batch"
 
 
-def test_every_flag_reaches_the_stages_and_is_recorded(trained, monkeypatch):
-    calls = spy(monkeypatch, sample, "sample_images")
-    flags = ["--cfg-scales=3", "--temperature=0.7", "--top-k=9", "--top-p=0.8"]
-    flags += ["--fine-cfg-scale=2", "--fine-temperature=0.6", "--fine-top-k=5"]
-    flags += ["--seed=4", "--batch-size=4", "--classes", "2", "0"]
-    samples = run(trained, *flags)
-    settings = {"cfg_scale": 3.0, "temperature": 0.7, "top_k": 9, "top_p": 0.8}
-    fine_settings = {"cfg_scale": 2.0, "temperature": 0.6, "top_k": 5}
-    assert [call["y"].tolist() for call in calls] == [[2, 0, 2, 0], [2, 0]]
-    for call in (*calls, samples):
-        assert call["settings"] == settings and call["fine_settings"] == fine_settings
-    assert samples["seed"] == 4 and samples["batch_size"] == 4
-    assert samples["model"] == "ctf" and samples["images_per_second"] > 0
-    assert samples["classes"].tolist() == [2, 0, 2, 0, 2, 0]
-    assert samples["images"].dtype == torch.uint8
-    assert samples["images"].shape == (6, 16, 16, 3)
-    assert samples["coarse"].shape == samples["fine"].shape == (6, T)
-    assert torch.equal(G[samples["fine"]], samples["coarse"])
-    vqvae, _ = load_tokenizer(trained, CPU)
-    pixels = reconstruct(vqvae, samples["fine"])
-    assert torch.equal(samples["images"], pixels), "images of other fine labels"
-    assert (trained / "samples.png").exists()
+# --------------------------------------------------------------------------- The script
+
+FLAGS = "--seed=4 --batch-size=4 --classes 2 ant "
+FLAGS += "--cfg-scale=3 --temperature=0.7 --top-k=9 --top-p=0.8 "
+FINE_FLAGS = "--fine-cfg-scale=2.25 --fine-temperature=0.6 --fine-top-k=5 "
+FINE_FLAGS += "--fine-top-p=0.85"
+BOTH = {"ar": "coarse", "aux": "fine"}
+TABLE = [  # by default fine labels are sampled, and stage 1 is guided
+    ("ctf", "", 100, 0, Sampling(2.0, 1.0, 0, 1.0), Sampling(1.0, 1.0, 0, 1.0), BOTH),
+    ("ctf", FLAGS + FINE_FLAGS, 4, 4, SOME, FINE_SOME, BOTH),
+    ("baseline", FLAGS, 4, 4, SOME, None, {"ar": "baseline"}),
+]
 
 
-def test_the_seed_decides_the_images(trained):
-    one, again, other = (run(trained, "--seed", seed) for seed in "001")
-    assert one["settings"] == SETTINGS and one["fine_settings"] == FINE_SETTINGS
-    assert torch.equal(one["images"], again["images"])
-    assert not torch.equal(one["fine"], other["fine"])
+@pytest.mark.parametrize(("name", "flags", "size", "seed", "one", "two", "used"), TABLE)
+def test_every_flag_reaches_its_stage_and_is_stored(
+    name, flags, size, seed, one, two, used, trained
+):
+    (trained / "images.pt").unlink()  # it is not needed
+    test_y = torch.tensor([2, 0, 0, 1])
+    edit(trained / "tokens.pt", test=(torch.randint(K, (4, T)), test_y))
+    samples = run(trained, *flags.split(), model=name)
+    y = torch.tensor([2, 0, 2, 0, 2, 0] if flags else [2, 0, 0, 1, 2, 0])
+    used = {"vqvae": "tokenizer", **used}
+    ids = {name: f"weights-of-{file}" for name, file in used.items()}
+    facts = {"model": name, "seed": seed, "batch_size": size, "stage1": asdict(one)}
+    facts |= {"stage2": asdict(two) if two else {}}
+    facts |= {"weights": ids | {"vqvae": "weights-of-vqvae"}}
+    assert facts.items() <= samples.items() and torch.equal(samples["classes"], y)
+    models, _ = load_models(trained, name, CPU)
+    found = [samples[key] for key in ("images", "coarse", "fine")]
+    check_samples(models, y, size, seed, one, two, *found)
+    for network, file in used.items():
+        model, saved = getattr(models, network), read(trained / f"{file}.pt")["model"]
+        assert all(torch.equal(w, saved[key]) for key, w in model.state_dict().items())
+        assert not model.training
+    path, written = trained / FILES[name], set(trained.glob("samples*"))
+    assert written == {path, path.with_suffix(".png")}
+    assert parse_args([])[0].num_samples == 2000
 
 
-def test_the_baseline_has_a_file_of_its_own(trained):
-    samples = run(trained, "--model", "baseline", name="samples-baseline.pt")
-    assert samples["model"] == "baseline" and samples["coarse"] is None
-    weights = {"vqvae": "weights-of-vqvae", "ar": "weights-of-baseline"}
-    assert samples["weights"] == weights
-    assert (trained / "samples-baseline.png").exists()
-    assert not (trained / "samples.pt").exists()
-
-
-def test_a_folder_for_each_guidance_scale(trained):
-    sample.main(
-        ["--out", str(trained), "--num-samples", "6", "--cfg-scales", "1", "2.5"]
-    )
-    assert not (trained / "samples.pt").exists()
-    for name, scale in (("cfg1", "1"), ("cfg2.5", "2.5")):
-        alone = run(trained, "--cfg-scales", scale)
-        samples = torch.load(trained / name / "samples.pt", weights_only=True)
-        assert samples["settings"]["cfg_scale"] == float(scale)
-        assert torch.equal(samples["fine"], alone["fine"]), "not samples of this scale"
-        assert (trained / name / "samples.png").exists()
-
-
-def test_a_kept_copy_is_sampled_with_what_the_folder_above_has(trained, capsys):
-    kept = trained / "kept-01"
-    kept.mkdir()
-    copy = torch.load(trained / "coarse.pt", weights_only=True)
-    weights = {name: w / 2 for name, w in copy["model"].items()}
-    copy |= {"model": weights, "step": 3, "weights_id": "half-trained"}
-    torch.save(copy, kept / "coarse.pt")
-    early, final = run(kept), run(trained)
-    assert early["weights"] == final["weights"] | {"ar": "half-trained"}
-    assert not torch.equal(early["coarse"], final["coarse"])
-    printed = capsys.readouterr().out
-    assert f"using {trained / 'fine.pt'}" in printed
-    assert f"{kept / 'coarse.pt'} is unfinished: step 3 of 7" in printed
+def test_files_of_another_tokenizer_or_other_clusters_are_refused(trained, capsys):
+    refused = "clusters codebook_id, coarse cluster_id, fine cluster_id, baseline "
+    refused += "codebook_id, tokens codebook_id, tokens images_id, images images_id"
+    for name, key in (pair.split() for pair in refused.split(", ")):
+        path = trained / f"{name}.pt"
+        before = path.read_bytes()
+        edit(path, **{key: "another"})
+        flags = "--export", f"--model={'baseline' if name == 'baseline' else 'ctf'}"
+        code, message = error_of(capsys, sample.main, "--out", trained, *flags)
+        assert code == 1 and f"{path} does not belong here ({key}" in message
+        path.write_bytes(before)
 
 
 def test_a_name_says_how_samples_differ_from_the_defaults():
-    def name(model="ctf", settings=(), **fine):
-        settings = SETTINGS | dict(settings)
-        both = {"settings": settings, "fine_settings": FINE_SETTINGS | fine}
-        return sample.name_of({"model": model, **both})
+    def name(stage1, stage2=None):
+        fine = asdict(stage2) if stage2 else {}
+        return sample.name_of({"stage1": asdict(stage1), "stage2": fine})
 
-    assert name() == "CTF, argmax fine labels, guidance 2"
-    assert name(top_k=0) == "CTF, sampled fine labels, guidance 2"
-    assert name("baseline") == "baseline, guidance 2"
-    warm = {"cfg_scale": 1.5, "temperature": 0.5, "top_p": 0.9}
-    text = "guidance 1.5, temperature 0.5, top_p 0.9"
-    assert name("baseline", warm) == f"baseline, {text}"
-    text = f"CTF, sampled fine labels, {text}, fine cfg_scale 3, fine top_k 5"
-    assert name("ctf", warm, cfg_scale=3.0, top_k=5) == text
+    ctf, usual = "CTF, sampled fine labels", Sampling(2.0)
+    some = "guidance 3, temperature 0.7, top_k 9, top_p 0.8"
+    fine = "fine cfg_scale 2.25, fine temperature 0.6, fine top_k 5, fine top_p 0.85"
+    assert name(usual, Sampling()) == f"{ctf}, guidance 2"
+    assert name(SOME, FINE_SOME) == f"{ctf}, {some}, {fine}"
+    assert name(SOME) == f"baseline, {some}"
+    argmax = Sampling(top_k=1)
+    assert name(usual, argmax) == "CTF, argmax fine labels, guidance 2"
+    assert name(argmax) == "baseline, guidance 1, top_k 1"
 
 
-def test_classes_are_those_of_the_test_set_or_those_asked_for(trained, capsys):
+def test_classes_are_chosen_by_name_or_number(capsys):
     test_y = torch.tensor([2, 0, 0, 1])
-    for count, wanted in ((3, [2, 0, 0]), (6, [2, 0, 0, 1, 2, 0])):
-        assert choose_classes(None, count, test_y, NAMES).tolist() == wanted
-    assert choose_classes(["cat", "0"], 5, test_y, NAMES).tolist() == [2, 0, 2, 0, 2]
-    # A folder that is called 2 may be class 0: names come first.
+    assert choose_classes(None, 6, test_y, NAMES).tolist() == [2, 0, 0, 1, 2, 0]
+    chosen = choose_classes(["cat", "0", "2"], 5, test_y, NAMES)
+    assert chosen.tolist() == [2, 0, 2, 2, 0] and chosen.dtype == torch.int64
+    # If a name is a number, a number is a name: 2 may be the folder 2, or nothing.
     assert choose_classes(["2"], 1, test_y, ["2", "3", "x"]).tolist() == [0]
-    edit(trained / "tokens.pt", test=(torch.randint(K, (4, T)), test_y))
-    assert run(trained)["classes"].tolist() == [2, 0, 0, 1, 2, 0]
-    for wrong in ("3", "dog", "-1"):
-        flags = "--out", trained, "--classes", wrong
-        code, message = error_of(capsys, sample.main, *flags)
-        assert code == 1 and f"--classes {wrong}: no such class; there are" in message
+    assert choose_classes(["02"], 1, test_y, ["01", "02", "03"]).tolist() == [1]
+    refused = [("3", NAMES), ("dog", NAMES), ("-1", NAMES)]
+    refused += [("1", ["01", "02", "03"]), ("0", ["2", "x", "y"])]
+    for text, names in refused:
+        main = partial(choose_classes, count=1, test_classes=test_y, class_names=names)
+        code, message = error_of(capsys, main, text)
+        known = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+        assert code == 1 and f"--classes {text}:" in message and known in message
 
 
-@pytest.mark.parametrize(
-    ("flags", "text"),
-    [
-        (["--top-p", "0"], "--top-p must be above 0 and at most 1"),
-        (["--top-p", "95"], "--top-p must be above 0 and at most 1"),
-        (["--temperature", "0"], "a temperature must be above 0"),
-        (["--fine-temperature", "0"], "a temperature must be above 0"),
-        (["--fine-temperature", "2"], "add --fine-top-k 0"),
-        (["--model", "baseline", "--anatomy"], "the baseline has only one"),
-    ],
-)
-def test_settings_without_a_meaning_are_usage_errors(flags, text, capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        sample.main(flags)
-    assert exit_info.value.code == 2 and text in capsys.readouterr().err
+def test_settings_without_a_meaning_are_refused(capsys):
+    wrong = {"cfg-scale": "-1 nan inf", "temperature": "0 -1 nan inf"}
+    wrong |= {"top-k": "-1 1.5", "top-p": "0 1.01 nan"}
+    values = [f"{name}={x}" for name, text in wrong.items() for x in text.split()]
+    commands = [f"--{stage}{value}" for stage in ("", "fine-") for value in values]
+    commands += ["--num-samples=0", "--batch-size=0"]
+    # The argmax does not depend on the temperature.
+    commands += ["--top-k=1 --temperature=0.5", "--fine-top-k=1 --fine-temperature=2"]
+    of_stage2 = f"{FINE_FLAGS} --anatomy".split()
+    for command in commands + [f"--model=baseline {flag}" for flag in of_stage2]:
+        code, message = error_of(capsys, parse_args, *command.split())
+        name = command.split("=")[0].removeprefix("--").removeprefix("fine-")
+        assert code == 2 and (name in message or "the baseline has" in message)
+    meant = "--cfg-scale=0 --top-k=1 --top-p=1 --fine-temperature=2 --fine-top-k=0"
+    _, *found = parse_args([*meant.split(), "--fine-top-p=0.001"])
+    assert found == [Sampling(0.0, 1.0, 1, 1.0), Sampling(1.0, 2.0, 0, 0.001)]
 
 
 def test_export_writes_samples_and_real_images(trained):
-    def stored(name):
-        """The images of export/name.npz, which must equal export/name/*.png."""
+    def check(name, wanted):
+        """export/name.npz and export/name/*.png have these images."""
         images = np.load(trained / "export" / f"{name}.npz")["arr_0"]
-        paths = sorted((trained / "export" / name).iterdir())
-        assert [path.name for path in paths] == [
-            f"{i:06d}.png" for i in range(len(images))
-        ]
-        for path, image in zip(paths, images):
-            with Image.open(path) as file:
-                assert (np.array(file) == image).all()
-        assert images.dtype == np.uint8
-        return torch.from_numpy(images)
+        assert images.dtype == np.uint8 and (images == wanted.numpy()).all()
+        paths = [trained / "export" / name / f"{i:06d}.png" for i in range(len(wanted))]
+        assert sorted((trained / "export" / name).iterdir()) == paths
+        pairs = [(np.array(Image.open(path)), x) for path, x in zip(paths, images)]
+        assert all((stored == x).all() for stored, x in pairs)
 
+    run(trained)
     assert not (trained / "export").exists()
-    for flags in ([], ["--num-samples", "4"]):  # of a longer run, nothing may be left
+    for flags in ([], ["--num-samples=4"]):  # of the longer run, nothing may be left
         samples = run(trained, "--export", *flags)
-        assert torch.equal(stored("samples"), samples["images"])
-    assert len(samples["images"]) == 4
-    test_set = load_examples(trained, "images.pt")[1]
-    assert torch.equal(stored("real"), test_set.x)
-    baseline = run(trained, "--export", "--model=baseline", name="samples-baseline.pt")
-    assert torch.equal(stored("samples-baseline"), baseline["images"])
+        check("samples", samples["images"])
+    baseline = run(trained, "--export", model="baseline")
+    check("samples-baseline", baseline["images"])
+    check("samples", samples["images"])
+    check("real", read(trained / "images.pt")["test"][0])
 
 
-# ----------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------- Pictures
 
 
-def test_rows_of_the_picture_are_of_the_class_beside_them(trained, monkeypatch):
-    saved = spy(monkeypatch, Figure, "savefig")
-    samples = run(trained, "--classes", "2", "0")
-    (call,) = saved
-    rows = {}
-    for ax in call["self"].axes:
-        if ax.get_ylabel():
-            rows[ax.get_ylabel()] = torch.from_numpy(ax.images[0].get_array().data)
-    assert list(rows) == ["class ant", "class cat"]
-    for name, y in (("class ant", 0), ("class cat", 2)):
-        assert torch.equal(rows[name], samples["images"][samples["classes"] == y][0])
+def test_rows_of_the_picture_are_of_their_class(trained, monkeypatch):
+    figures = saved_figures(monkeypatch)
+    samples = run(trained, "--num-samples=40", "--classes", "bee", "cat", "cat", "cat")
+    rows, row = {}, None
+    for ax in figures[trained / "samples.png"].axes:
+        row = rows.setdefault(ax.get_ylabel(), []) if ax.get_ylabel() else row
+        row += [image.get_array().tolist() for image in ax.images]
+    of_class = lambda y: samples["images"][samples["classes"] == y][:10].tolist()
+    assert rows == {"class bee": of_class(1), "class cat": of_class(2)}
+    assert figures[trained / "samples.png"].get_suptitle().endswith("2, seed 0")
 
 
-def test_entropy_in_bits():
-    p = torch.tensor([0.5, 0.25, 0.25, 0.0])  # 0.5 * 1 + 2 * 0.25 * 2 bits
-    logits = torch.stack([p.log(), torch.zeros(4)])  # and a uniform one
-    assert torch.allclose(sample.entropy(logits), torch.tensor([1.5, 2.0]))
+def test_colours_are_ranks_along_the_principal_components():
+    u = np.random.default_rng(0).normal(size=(9, 4))
+    u = np.linalg.qr(u - u.mean(axis=0))[0]  # uncorrelated, mean 0
+    ranks = u.argsort(axis=0).argsort(axis=0)
+    for d in (4, 2):  # with two dimensions there is no blue
+        axes = np.linalg.qr(np.eye(d) + 0.3)[0]
+        codes = torch.from_numpy(5 + u[:, :d] * [4, 3, 2, 1][:d] @ axes)
+        colors = (9 * sample.code_colors(codes)).round().numpy()
+        for i in range(3):
+            wanted = [ranks[:, i], 8 - ranks[:, i]] if i < d else [np.zeros(9)]
+            assert any((colors[:, i] == one).all() for one in wanted)
 
 
-def test_tokens_not_yet_reached_have_a_code_of_zeros(trained):
-    vqvae, _ = load_tokenizer(trained, CPU)
-    fine = torch.randint(K, (2, T))
-    codes = vqvae.codebook[fine].view(2, 4, 4, 8).permute(0, 3, 1, 2).clone()
-    codes[:, :, 1, 2:], codes[:, :, 2:] = 0, 0  # row by row: 4 + 2 tokens are known
-    with torch.no_grad():
-        wanted = to_uint8(vqvae.decode(codes))
-        assert torch.equal(sample.decode_prefix(vqvae, fine, 6), wanted)
-        assert torch.equal(
-            sample.decode_prefix(vqvae, fine, T), reconstruct(vqvae, fine)
-        )
-
-
-def test_similar_codes_have_similar_colours():
-    along = torch.tensor([0.3, -0.9, 0.8, 0.1])  # their order: 2, 0, 3, 1
-    red, green, blue = sample.code_colors(along[:, None] * torch.tensor([[3.0, 1.0]])).T
-    assert red.tolist() in ([0.5, 0, 0.75, 0.25], [0.25, 0.75, 0, 0.5])
-    assert blue.tolist() == [0] * 4 and 0 <= green.min() and green.max() < 1
-
-
-@pytest.fixture
-def known_logits(monkeypatch):
-    """Stand-ins for both Transformers: {name: logits}, and {name: arguments}."""
-    logits = {"ar": torch.randn(1, T, M), "aux": torch.randn(1, T, K // M)}
-    seen, load_models = {}, sample.load_models
-
-    def answer(name, table, *args):
-        seen[name] = args
-        return table
+def test_anatomy_shows_a_real_image_and_a_sample_step_by_step(trained, monkeypatch):
+    own, vqvae = G.numpy(), load_models(trained, "ctf", CPU)[0].vqvae
+    # Stand-ins for both Transformers: logits that depend on the labels and y.
+    first, second = torch.randn(M, M), 3 * torch.randn(M, 10)
+    second[torch.from_numpy(invert(own)[0]) < 0] = -1e30
 
     def with_known_logits(*args):
         models, artifacts = load_models(*args)
-        for name, table in logits.items():
-            models[name].forward = partial(answer, name, table)
+        one, two = (table.clone().requires_grad_() for table in (first, second))
+        models.ar.forward = lambda c, y: one[torch.cat([y[:, None], c], dim=1)]
+        models.aux.forward = lambda c, y: two[c] * (1 + y)
         return models, artifacts
 
     monkeypatch.setattr(sample, "load_models", with_known_logits)
-    return logits, seen
-
-
-def test_anatomy_shows_one_image_stage_by_stage(trained, known_logits):
-    logits, seen = known_logits
-    models, _ = sample.load_models(trained, "ctf", CPU)
-    vqvae, fine, y = models["vqvae"], torch.randint(K, (1, T)), torch.tensor([2])
-    image = torch.randint(256, (16, 16, 3), dtype=torch.uint8)
-    pictures = sample.anatomy(models, image, fine, y, np.random.default_rng(0))
-    titles = [title.split("\nmean")[0].replace("\n", " ") for title in pictures]
-    pictures = dict(zip(titles, map(torch.from_numpy, pictures.values())))
-    color = sample.code_colors(vqvae.codebook)
-    wanted = {"pixels": image, "fine labels": color[fine].view(4, 4, 3)}
+    figures = saved_figures(monkeypatch)
+    samples = run(trained, "--anatomy", "--classes", "2", "1", "--seed=4")
+    title = "CTF, sampled fine labels, guidance 2, seed 4"
+    assert figures[trained / "samples.png"].get_suptitle() == title
+    figure = figures[trained / "anatomy.png"]
+    assert figure.get_suptitle() == "class cat: a real image and a sample"
+    panels = [(ax, ax.images[0].get_array()) for ax in figure.axes if ax.images]
+    x, y = read(trained / "images.pt")["test"]
+    (i,) = (j for j in range(len(x)) if (x[j].numpy() == panels[0][1]).all())
+    assert y[i] == 2, "an image of another class"
+    rows = [("a real image", x[i], read(trained / "tokens.pt")["test"][0][i])]
+    rows += [("a sample", samples["images"][0], samples["fine"][0])]
+    color, found = sample.code_colors(vqvae.codebook), iter(panels)
     means = torch.stack([color[G == m].mean(dim=0) for m in range(M)])
-    wanted["coarse labels"] = means[G[fine]].view(4, 4, 3)
-    for i, name in ((1, "ar"), (2, "aux")):
-        wanted[f"entropy of stage {i}"] = sample.entropy(logits[name][0]).view(4, 4)
-    for n in (4, 8, 12, 16):
-        with torch.no_grad():
-            part = sample.decode_prefix(vqvae, fine, n)[0]
-        wanted[f"decoded from the first {n} tokens"] = part
-    assert list(pictures)[: len(wanted)] == list(wanted)
-    for title, picture in wanted.items():
-        assert torch.equal(pictures[title], picture), title
-    # The stand-in for the swap returns the coarse labels themselves.
-    own = reconstruct(vqvae, G[fine])[0]
-    assert torch.equal(pictures["swapped within k-means clusters"], own)
-    assert not torch.equal(pictures["swapped within random clusters"], own)
-    (tokens, classes), (coarse, also_classes) = seen["ar"], seen["aux"]
-    assert torch.equal(tokens, G[fine][:, :-1]) and torch.equal(coarse, G[fine])
-    assert classes is y and also_classes is y
-
-
-def test_the_anatomy_is_of_a_real_image_and_of_a_sample_of_one_class(
-    trained, known_logits, monkeypatch
-):
-    calls = spy(monkeypatch, sample, "anatomy")
-    saved = spy(monkeypatch, Figure, "savefig")
-    test_set = load_examples(trained, "images.pt")[1]
-    y = (test_set.y[0] + 1) % 3  # not the class of the first test image
-    flags = ["--anatomy", "--cfg-scales", "1", "2", "--classes", str(y.item())]
-    sample.main(["--out", str(trained), "--num-samples", "2", *flags])
-    samples = torch.load(trained / "cfg1" / "samples.pt", weights_only=True)
-    real, sampled = calls[:2]
-    where = places(real["image"][None], test_set.x)
-    assert test_set.y[where] == y and real["y"] == y and sampled["y"] == y
-    tokens = load_examples(trained, "tokens.pt")[1].x[where]
-    assert torch.equal(real["fine"], tokens), "tokens of another image"
-    assert torch.equal(sampled["image"], samples["images"][0])
-    assert torch.equal(sampled["fine"], samples["fine"][:1])
-    figures = {str(call["path"].relative_to(trained)): call["self"] for call in saved}
-    names = [f"cfg{i}/{name}.png" for i in (1, 2) for name in ("samples", "anatomy")]
-    assert list(figures) == names, "a picture in the folder of each scale"
-    panels = [ax for ax in figures["cfg1/anatomy.png"].axes if ax.images]
-    assert len(panels) == 22, "11 panels for each of the two images"
-    shown = {ax.get_title(): ax.images[0].get_array().data for ax in panels}
-    for name, call in (("a real image", real), ("a sample", sampled)):
-        assert (shown[name] == call["image"].numpy()).all()
+    rng = np.random.default_rng(4)
+    for name, image, fine in rows:
+        coarse, wanted = G[fine], {name: image}
+        wanted["fine labels"] = color[fine].view(4, 4, 3)
+        wanted["coarse labels"] = means[coarse].view(4, 4, 3)
+        for kind, g in (("k-means", own), ("random", rng.permutation(own))):
+            lowest = swap_within_clusters(fine, g, None)
+            wanted[f"swapped within\n{kind} clusters"] = pixels(vqvae, lowest)[0]
+        stages = first[torch.cat([y[i : i + 1], coarse[:-1]])], second[coarse] * 3
+        for stage, logits in enumerate(stages, start=1):
+            p = softmax(logits.double().numpy(), axis=1)
+            bits = -xlogy(p, p).sum(axis=1).reshape(4, 4) / math.log(2)
+            wanted[f"entropy of stage {stage}\nmean {bits.mean():.1f} bits"] = bits
+        for (title, panel), (ax, shown) in zip(wanted.items(), found):
+            assert ax.get_title() == title
+            np.testing.assert_allclose(shown, panel, 1e-4, 1e-5, err_msg=title)
+            if panel.ndim == 2:  # one scale: a cluster has up to 10 codes
+                assert ax.images[0].get_clim() == pytest.approx((0, math.log2(10)))
+    assert not list(found)
+    assert [ax.get_ylabel() for ax in figure.axes].count("entropy, bits") == 2

@@ -1,9 +1,8 @@
 r"""The speed of sampling, with random weights.
 
-    python tests/benchmark.py
-    python tests/benchmark.py --batch-sizes 64    # about a minute on two CPU cores
-    python tests/benchmark.py --sizes B L XL --codes 16384 --clusters 512 \
-        --batch-sizes 1 --cfg-scales 1 --rounds 1      # the paper's sizes, 256 tokens
+    benchmark.py --batch-sizes 64    # about a minute on two CPU cores
+    benchmark.py --sizes B L XL --codes 16384 --clusters 512 --batch-sizes 1 \
+        --cfg-scales 1 --rounds 1    # the paper's sizes, 256 tokens
 
 All rivals run in one process, in turn, for several rounds. It prints medians and ratios
 of medians: absolute times differ between machines and between days.
@@ -18,11 +17,11 @@ from statistics import median
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from ar_model import ARConfig, ARModel, draw, generate
+# isort: off
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tokenizer import VQVAE, VQVAEConfig, autocast, pick_device, to_uint8
+from ar_model import ARConfig, ARModel, Sampling, generate
 from aux_model import AuxConfig, AuxModel, predict_fine
-from tokenizer import VQVAE, VQVAEConfig, autocast, pick_device, to_device, to_uint8
 
 CLASSES, GRID = 10, [8, 8]
 # Layers, dim, heads. The paper's auxiliary model always has the size of L.
@@ -32,12 +31,11 @@ SIZES |= {"B": (12, 768, 12), "L": (24, 1024, 16), "XL": (36, 1280, 20)}
 
 def seconds(function, device):
     """Wall-clock seconds of one call, until the device has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     began = time.perf_counter()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - began
 
 
@@ -63,61 +61,60 @@ def generate_uncached(model, y, generator):
     """The tokens of generate without guidance, by a full pass for every token."""
     tokens = torch.empty(len(y), 0, dtype=torch.long, device=y.device)
     for _ in range(GRID[0] * GRID[1]):
-        token = draw(model(tokens, y)[:, -1], generator)
+        token = Sampling().draw(model(tokens, y)[:, -1], generator)
         tokens = torch.cat([tokens, token[:, None]], dim=1)
     return tokens
 
 
 def compare_cache(rounds, device):
     """Generation with and without the key/value cache."""
-    model = random_weights(ARModel(ARConfig(1024, CLASSES, GRID)), device)
+    config = ARConfig(1024, CLASSES, GRID, *SIZES["default"])
+    model = random_weights(ARModel(config), device)
     y = torch.arange(64, device=device) % CLASSES
-    generator = torch.Generator(device)
+    new = lambda: torch.Generator(device).manual_seed(0)
     rivals = {
-        "with": lambda: generate(model, y, generator.manual_seed(0)),
-        "without": lambda: generate_uncached(model, y, generator.manual_seed(0)),
+        "with": lambda: generate(model, y, new(), Sampling()),
+        "without": lambda: generate_uncached(model, y, new()),
     }
     with autocast(device):  # as in sample.py
         same = torch.equal(rivals["with"](), rivals["without"]())
         times = race(rivals, rounds, device)
-    ratio = times["without"] / times["with"]
-    print(f"key/value cache, 64 tokens, batch 64, V = 1024, same tokens: {same}")
-    print(f"  without {64 / times['without']:.0f} images/s", end=", ")
-    print(f"with {64 / times['with']:.0f} images/s: {ratio:.1f} times as fast\n")
+    fast, slow = (len(y) / times[name] for name in rivals)
+    print("| 64 tokens, batch 64, V = 1024 | images/s |\n|---|---|")
+    print(f"| without a key/value cache | {slow:.0f} |\n| with | {fast:.0f} |")
+    print(f"\nThe cache: {fast / slow:.1f} times as fast, same tokens: {same}.\n")
 
 
 @torch.no_grad()
-def compare_models(size, K, M, batch_size, scale, rounds, device):
-    """CTF and its baseline, both from classes to pixels."""
+def compare_models(size, K, M, B, scale, rounds, device):
+    """A row of the table: CTF and its baseline, both from B classes to pixels."""
     aux_size = SIZES["default-aux" if size == "default" else "L"]
     grid, pixels = (GRID, 32) if size == "default" else ([16, 16], 256)
     coarse = random_weights(ARModel(ARConfig(M, CLASSES, grid, *SIZES[size])), device)
     baseline = random_weights(ARModel(ARConfig(K, CLASSES, grid, *SIZES[size])), device)
     config = AuxConfig(M, K, CLASSES, grid, *aux_size)
-    aux = random_weights(AuxModel(config, torch.randint(M, (K,))), device)
+    aux = random_weights(AuxModel(config, torch.randperm(K) % M), device)
     config = VQVAEConfig(pixels, pixels // grid[0], codebook_size=K)
-    vqvae = to_device(VQVAE(config).eval(), device)
-    y = torch.arange(batch_size, device=device) % CLASSES
+    vqvae = VQVAE(config).eval().to(device)
+    y = torch.arange(B, device=device) % CLASSES
     generator = torch.Generator(device).manual_seed(0)
-    T = grid[0] * grid[1]
-    coarse_labels = torch.randint(M, (batch_size, T), device=device)
-    fine_labels = torch.randint(K, (batch_size, T), device=device)
+    guided, shape = Sampling(cfg_scale=scale), (B, grid[0] * grid[1])
+    coarse_labels = torch.randint(M, shape, device=device)
+    fine_labels = torch.randint(K, shape, device=device)
     # CTF is the last three, one after the other.
     rivals = {
-        "baseline": lambda: generate(baseline, y, generator, scale),
-        "coarse": lambda: generate(coarse, y, generator, scale),
-        "fine": lambda: predict_fine(aux, coarse_labels, y, generator),
+        "baseline": lambda: generate(baseline, y, generator, guided),
+        "coarse": lambda: generate(coarse, y, generator, guided),
+        "fine": lambda: predict_fine(aux, coarse_labels, y, generator, Sampling()),
         "decode": lambda: to_uint8(vqvae.decode(vqvae.codes(fine_labels))),
     }
     with autocast(device):  # as in sample.py
         times = race(rivals, rounds, device)
     slow = times["baseline"] + times["decode"]
     fast = times["coarse"] + times["fine"] + times["decode"]
-    print(
-        f"{size:8}{K:7}{M:6}{batch_size:6}{scale:5g}{batch_size / slow:10.4g}"
-        f"{batch_size / fast:8.4g}{slow / fast:7.2f}",
-        *(f"{1000 * time:9.1f}" for time in times.values()),
-    )
+    row = [size, K, M, B, f"{scale:g}", f"{B / slow:.4g}", f"{B / fast:.4g}"]
+    row += [f"{slow / fast:.2f}", *(f"{1000 * value:.1f}" for value in times.values())]
+    print(f"| {' | '.join(map(str, row))} |")
 
 
 def main(argv=None):
@@ -137,11 +134,8 @@ def main(argv=None):
     print(f"{device}{threads}, torch {torch.__version__}\n")
     if "default" in args.sizes:
         compare_cache(args.rounds, device)
-    print(f"{'':32}{'images/s':>18}{'':7}{'milliseconds per batch':>28}")
-    print(
-        f"{'size':8}{'K':>7}{'M':>6}{'batch':>6}{'CFG':>5}{'baseline':>10}{'CTF':>8}"
-        f"{'ratio':>7}{'baseline':>10}{'coarse':>10}{'fine':>10}{'decode':>10}"
-    )
+    head = "size | K | M | batch | guidance | baseline, images/s | CTF | ratio"
+    print(f"| {head} | baseline, ms | coarse | fine | decode |\n{'|---' * 12}|")
     settings = args.sizes, args.codes, args.batch_sizes, args.cfg_scales
     for size, K, batch_size, scale in product(*settings):
         compare_models(size, K, args.clusters, batch_size, scale, args.rounds, device)

@@ -1,366 +1,382 @@
 #!/usr/bin/env bash
 # The commands of the tables in .github/RESULTS.md, one function per table.
 #
-#     bash tests/reproduce.sh NAME ...     # for example: random, or table1 convergence
+#     bash tests/experiments/reproduce.sh                    # the list of names
+#     bash tests/experiments/reproduce.sh default random     # two of them
+#     bash tests/experiments/reproduce.sh -j 2 table1_digits # two commands at a time
 #
-# They run in $OUT (default: out) and its sub-folders, and need what the commands of the
-# README left in $OUT, those of the baseline included. tokenizers, equal_seconds,
-# difference and convergence also need table1; sweep needs sweep_rates, cifar needs
-# cifar_rates, cifar_seconds needs cifar. A command that has finished is skipped,
-# so this script can be stopped and called again: a training then continues from its
-# last save. RESULTS.md used OMP_NUM_THREADS=1 and two trainings at a time.
+# They run in $OUT (default: out) and its sub-folders. With -j 2 each command has one
+# thread. Tables go to stdout, all else to stderr, and each metrics.json behind a table
+# to $OUT/results. The script can be stopped and called again: a finished command is
+# skipped, and a training continues from its last save. The marks of what is finished,
+# in $OUT/.done, belong to one commit of the six scripts. It needs bash 4.4 and flock.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 OUT=${OUT:-out}
-CIFAR=${CIFAR:-cifar10} # or a folder of class folders with the same photographs
+CIFAR=${CIFAR:-cifar10} # or a folder of class folders, with the photographs as files
 
-# Run a command, unless it has finished before.
-once() {
-    local mark="$OUT/done/$(tr -c 'a-zA-Z0-9.\n' '_' <<<"$*")"
-    [ -e "$mark" ] && return
-    echo "+ $*"
-    mkdir -p "$OUT/done"
-    local resume=
-    if [ -e "$mark.begun" ]; then # it was stopped: only a training can continue
-        case $2 in tokenizer.py | ar_model.py | aux_model.py) resume=--resume ;; esac
-    fi
-    touch "$mark.begun"
-    if ! "$@" $resume; then
-        echo "to start this command from its beginning: rm $mark.begun"
-        exit 1
-    fi
-    mv "$mark.begun" "$mark"
+list() { # name, minutes of one core, what it shows, (what it needs)
+    cat <<'END'
+default               45  what a reader sees: the README's commands and the baseline's
+random                20  random clusters, trained (default, or the README's commands)
+rates_digits         120  learning rates of all models, seed 0 (default)
+sampling_digits      110  guidance, temperature and top-p, seed 0 (rates_digits)
+table1_digits        240  CTF against its baseline, seeds 1 to 5
+seconds_digits        50  equal seconds, seeds 1 to 3 (table1_digits)
+ablations             80  clusters, layers, top-k, temperatures (table1_digits)
+convergence           30  figure 2, the copies of seed 1 (table1_digits)
+second_tokenizer     100  table 1 with another tokenizer (table1_digits)
+rates_k              180  learning rates for three sizes K of the codebook (default)
+over_k                60  table 1 over K, seed 1 (rates_k)
+speed                 10  table 2; nothing else may run beside it
+photographs           55  default, on CIFAR-10
+rates_photographs    130  as for digits (photographs)
+sampling_photographs 110  as for digits (rates_photographs)
+table1_photographs   240  as for digits (photographs)
+seconds_photographs   50  as for digits (table1_photographs)
+END
 }
 
-# Learning rates for each model at its default length, seed 0. The defaults (1e-3, stage
-# 2: 3e-3) are in $OUT.
-learning_rates() {
-    for lr in 5e-4 2e-3 4e-3; do
-        once python ar_model.py --out $OUT/lr$lr --lr $lr
-        once python ar_model.py --out $OUT/lr$lr --lr $lr --labels fine
-    done
-    for lr in 1e-3 2e-3 4e-3 8e-3; do
-        once python aux_model.py --out $OUT/lr$lr --lr $lr
-    done
-    python tests/results.py loss $OUT/{,lr*/}{coarse,baseline,fine}.pt
-    for lr in 5e-4 2e-3 4e-3; do
-        once python sample.py --out $OUT/lr$lr --model baseline
-        once python evaluate.py --out $OUT/lr$lr
-    done
-    python tests/results.py rows $OUT/lr{5e-4,2e-3,4e-3}
+# ------------------------------------------------------------------------- The settings
+
+# The grids to choose from, and what the tables of rates_* and sampling_* chose on seed
+# 0. A grid is extended until the best lies inside it.
+RATES="5e-4 2e-3"                  # stage 1 and the baseline; 1e-3 is the default
+RATES_STAGE2="5e-4 1e-3 2e-3 4e-3" # 3e-3 is the default
+RATES_K="1e-3 2e-3 4e-3 8e-3"
+TEMPERATURES="0.4 0.5 0.6 0.7 0.8 0.9 1 1.1 1.2"
+MANY="--num-samples 5000"
+declare -A plain tuned # guidance and temperature, 1 or the best; other flags may follow
+declare -A for_k=(     # learning rate and guidance of stage 1, and of the baseline
+    [1024]="1e-3 3 4e-3 3" [4096]="1e-3 3 4e-3 2" [16384]="1e-3 2 8e-3 3")
+
+settings_digits() {
+    out=$OUT first=default judge_steps=800
+    guidance="1 1.5 2 2.5 3" near="1 1.25 1.5 1.75 2 2.5"
+    lr1=1e-3 lr2=3e-3 lrb=1e-3 # stage 1, stage 2, the baseline
+    short=2150 lr_short=1e-3   # the baseline with as many steps as CTF has seconds for
+    plain=([ctf]="2 1" [argmax]="2 1" [baseline]="2 1" [short]="2 1")
+    tuned=([ctf]="1.5 0.5" [argmax]="1.5 0.5" [baseline]="1.5 0.5" [short]="1.5 0.5")
 }
 
-# Guidance and temperature of each model on seed 0. The sampling seed is 1, so that what
-# is chosen here is reported on other samples.
+settings_photographs() {
+    out=$OUT/photographs first=photographs judge_steps=3000
+    guidance="1 2 3 4 6 8 12" near="2 3 4 6 8 12"
+    lr1=1e-3 lr2=3e-3 lrb=1e-3
+    short=2150 lr_short=1e-3
+    plain=([ctf]="4 1" [argmax]="3 1" [baseline]="8 1" [short]="8 1")
+    tuned=([ctf]="4 0.9" [argmax]="3 0.9" [baseline]="8 0.9" [short]="8 0.9")
+}
+
+# --------------------------------------------------------------------------- The tables
+
+default() { everything; }
+photographs() { everything --data "$CIFAR"; }
+everything() { # FLAGS of tokenizer.py
+    once tokenizer.py "$out" "$@"
+    once cluster.py "$out"
+    once ar_model.py "$out"
+    once aux_model.py "$out"
+    once ar_model.py "$out" --labels fine
+    draw ctf "$out" 2 1
+    draw baseline "$out" 2 1
+    judge "$out"
+    table mean "$out"
+}
+
+draw() { # WHAT FOLDER GUIDANCE TEMPERATURE FLAGS
+    local flags=(--cfg-scale $3 --temperature $4 "${@:5}")
+    case $1 in
+        argmax) flags+=(--fine-top-k 1) ;;
+        baseline | short) flags+=(--model baseline) ;;
+    esac
+    once sample.py "$2" "${flags[@]}"
+}
+
+judge() { # FOLDERS
+    local to
+    for to in "$@"; do once evaluate.py "$to" --judge-steps $judge_steps; done
+}
+
+rates() {
+    need "$out/metrics.json" $first
+    need "$out/baseline.png" $first # the last file that a training writes
+    local lr s folder to=$out/rates
+    for lr in $RATES 1e-3; do
+        once ar_model.py "$to/short-lr$lr" --lr $lr --labels fine --steps $short
+        [ $lr != 1e-3 ] || continue # it is in $out
+        once ar_model.py "$to/lr$lr" --lr $lr
+        once ar_model.py "$to/lr$lr" --lr $lr --labels fine
+    done
+    for lr in $RATES_STAGE2; do once aux_model.py "$to/fine-lr$lr" --lr $lr; done
+    settle
+    for folder in "$to"/{default,lr*,fine-lr*,short-lr*}; do
+        for s in $guidance; do
+            [[ $folder = *short-* ]] || draw ctf "$folder/cfg$s" $s 1
+            [[ $folder = *fine-* ]] || draw baseline "$folder/cfg$s" $s 1
+        done
+    done
+    table best "$to"/{default,lr*,fine-lr*}
+    table best "$to"/short-lr*
+}
+
 sampling() {
-    for T in 0.5 0.6 0.7 0.8 0.9 1; do
-        flags="--temperature $T --seed 1 --cfg-scales 1 1.5 2 3 4"
-        mkdir -p $OUT/search/{sampled,argmax}-T$T
-        once python sample.py --out $OUT/search/sampled-T$T --fine-top-k 0 $flags
-        once python sample.py --out $OUT/search/sampled-T$T --model baseline $flags
-        once python sample.py --out $OUT/search/argmax-T$T $flags
+    need "$OUT/.done/rates$suffix" rates$suffix
+    local what T s to tag=$lr1-$lr2-$lrb-$lr_short
+    for what in ctf argmax baseline short; do
+        to=$out/sampling/$what-$tag
+        mkdir -p "$to"
+        # The models with the chosen rates. (Those with the default rates are in $out.)
+        copy "$out/rates/lr$lr1/coarse.pt" "$to"
+        copy "$out/rates/fine-lr$lr2/fine.pt" "$to"
+        copy "$out/rates/lr$lrb/baseline.pt" "$to"
+        [ $what != short ] || copy "$out/rates/short-lr$lr_short/baseline.pt" "$to"
+        for T in $TEMPERATURES; do
+            for s in $near; do draw $what "$to/T$T-cfg$s" $s $T; done
+        done
+        draw $what "$to/plain-top-p" ${plain[$what]} --top-p 0.9
+        draw $what "$to/tuned-top-p" ${tuned[$what]} --top-p 0.9
     done
-    python tests/results.py best $OUT/search
+    table best "$out"/sampling/{ctf,argmax,baseline}-$tag
+    table best "$out/sampling/short-$tag"
 }
 
-# Table 1: CTF against its baseline at equal steps, three training seeds, 5,000 images.
 table1() {
-    for seed in 0 1 2; do
-        train $OUT/seed$seed --seed $seed --keep 10
-        judge $OUT/seed$seed
-    done
-    for way in paper paper-argmax tuned tuned-argmax; do
-        python tests/results.py mean $OUT/seed{0,1,2}/$way
-    done
+    need "$out/metrics.json" $first
+    local seed way
+    for seed in {1..5}; do train "$out/seed$seed" --seed $seed --keep 10; done
+    four_ways "$out"/seed{1..5}
+    for way in {plain,tuned}{,-argmax}; do table mean "$out"/seed{1..5}/$way; done
+    table compare "$out"/seed{1..5}/plain{,-argmax}
+    table compare "$out"/seed{1..5}/tuned{,-argmax}
+    table coarse "$out"/seed{1..5}
+    table refine "$out"/seed{1..5}/{plain,tuned}
 }
 
-# Train CTF and its baseline in a folder.
-train() {
-    once python ar_model.py --out "$@"
-    once python aux_model.py --out "$@"
-    once python ar_model.py --labels fine --out "$@"
+train() { # FOLDER FLAGS: CTF and its baseline, with the chosen rates
+    once ar_model.py "$1" --lr $lr1 "${@:2}"
+    once aux_model.py "$1" --lr $lr2 "${@:2}"
+    once ar_model.py "$1" --lr $lrb --labels fine "${@:2}"
 }
 
-# Sample and judge the models of a folder in four ways: at temperature 1 or at the best
-# temperature, with sampled or argmax fine labels, each time at the best guidance.
-# `sampling` finds that these settings are the same for all models.
-PAPER="--num-samples 5000 --cfg-scales 2"
-TUNED="--num-samples 5000 --cfg-scales 1.5 --temperature 0.5"
-judge() {
-    once python sample.py --out $1/paper $PAPER --fine-top-k 0
-    once python sample.py --out $1/paper $PAPER --model baseline
-    once python sample.py --out $1/paper-argmax $PAPER
-    once python sample.py --out $1/tuned $TUNED --fine-top-k 0
-    once python sample.py --out $1/tuned $TUNED --model baseline
-    once python sample.py --out $1/tuned-argmax $TUNED
-    for way in paper paper-argmax tuned tuned-argmax; do
-        once python evaluate.py --out $1/$way
-    done
-}
-
-# Table 1 again with another tokenizer, and the same judge.
-tokenizers() {
-    out=$OUT/tokenizer1
-    once python tokenizer.py --out $out --seed 1
-    once python cluster.py --out $out
-    once cp $OUT/classifier.pt $out
-    train $out
-    judge $out
-    for way in paper paper-argmax tuned tuned-argmax; do
-        python tests/results.py rows $OUT/seed0/$way $out/$way
-    done
-}
-
-# Equal seconds: the baseline for as long as CTF's two trainings take together. On the
-# machine of RESULTS.md that is 2,150 steps.
-equal_seconds() {
-    for lr in 1e-3 2e-3; do
-        once python ar_model.py --out $OUT/seconds/lr$lr --lr $lr --labels fine --steps 2150
-    done
-    python tests/results.py loss $OUT/seconds/lr*/baseline.pt
-    for out in $OUT/seconds/lr1e-3 $OUT/seconds/lr2e-3; do
-        once python sample.py --out $out/paper $PAPER --model baseline
-        once python sample.py --out $out/tuned $TUNED --model baseline
-        for way in paper tuned; do
-            once python evaluate.py --out $out/$way
-            python tests/results.py rows $OUT/seed0/$way $out/$way
+four_ways() { # FOLDERS of models: samples at temperature 1 and tuned, sampled and argmax
+    local folder way
+    for folder in "$@"; do
+        for way in plain tuned; do
+            local -n how=$way
+            draw ctf "$folder/$way" ${how[ctf]} $MANY
+            draw argmax "$folder/$way-argmax" ${how[argmax]} $MANY
+            draw baseline "$folder/$way" ${how[baseline]} $MANY
         done
     done
+    for folder in "$@"; do judge "$folder"/{plain,tuned}{,-argmax}; done
 }
 
-# Why the baseline's samples are worse: two controls without training, after `table1`.
-difference() {
-    python tests/results.py coarse $OUT/seed{0,1,2}
-    python tests/results.py refine $OUT/seed{0,1,2}/{paper,tuned}
-}
-
-# Figure 2: the ten copies of seed 0 that table1 keeps.
-convergence() {
-    for copy in $OUT/seed0/kept-*; do
-        once python sample.py --out $copy --fine-top-k 0 --cfg-scales 2
-        once python sample.py --out $copy --model baseline --cfg-scales 2
-        once python evaluate.py --out $copy
+seconds() {
+    need "$OUT/.done/table1$suffix" table1$suffix
+    local seed way to=$out/short flags="--lr $lr_short --labels fine --steps $short"
+    for seed in 1 2 3; do once ar_model.py "$to/seed$seed" --seed $seed $flags; done
+    for seed in 1 2 3; do
+        draw short "$to/seed$seed/plain" ${plain[short]} $MANY
+        draw short "$to/seed$seed/tuned" ${tuned[short]} $MANY
     done
-    python tests/results.py convergence $OUT/seed0
+    judge "$to"/seed{1,2,3}/{plain,tuned}
+    for way in plain tuned; do
+        table mean "$to"/seed{1,2,3}/$way
+        table compare {"$out","$to"}/seed{1,2,3}/$way
+    done
 }
 
-# The control of figure 1b, trained: random clusters.
 random() {
-    once python cluster.py --out $OUT/random --method random
-    once python ar_model.py --out $OUT/random
-    once python aux_model.py --out $OUT/random
-    once python sample.py --out $OUT/random --fine-top-k 0
-    once python evaluate.py --out $OUT/random
-    python tests/results.py rows $OUT/random
+    need "$out/metrics.json" $first
+    clusters random --method random
+    table rows "$out/random"
 }
 
-# Table 3 (a): clusters M, with stage 1 trained for each. (c) is in the table of sampling.
-table3a() {
-    for M in 32 512 1024; do
-        once python cluster.py --out $OUT/M$M --clusters $M
-        once python ar_model.py --out $OUT/M$M
-        once python aux_model.py --out $OUT/M$M
-        once python sample.py --out $OUT/M$M --fine-top-k 0
-        once python evaluate.py --out $OUT/M$M
-    done
-    python tests/results.py rows $OUT/M{32,512,1024}
+clusters() { # NAME FLAGS: CTF on other clusters, seed 1
+    once cluster.py "$out/$1" "${@:2}"
+    once ar_model.py "$out/$1" --seed 1 --lr $lr1
+    once aux_model.py "$out/$1" --seed 1 --lr $lr2
+    draw ctf "$out/$1" ${plain[ctf]} $MANY
+    judge "$out/$1"
 }
 
-# Table 3 (b): layers of stage 2. Stage 1 is that of $OUT.
-table3b() {
+ablations() { # of seed 1; how much seeds differ is in table 1
+    need "$OUT/.done/table1_digits" table1_digits
+    local M layers k T one=$out/seed1 flags="${plain[ctf]} $MANY"
+    clusters random --method random
+    for M in 32 256 512; do clusters M$M --clusters $M; done
     for layers in 1 4; do
-        once python aux_model.py --out $OUT/layers$layers --layers $layers
-        once python sample.py --out $OUT/layers$layers --fine-top-k 0
-        once python evaluate.py --out $OUT/layers$layers
+        once aux_model.py "$one/layers$layers" --seed 1 --lr $lr2 --layers $layers
+        draw ctf "$one/layers$layers" $flags
     done
-    python tests/results.py rows $OUT/layers{1,4}
+    for k in 1 8 32; do draw ctf "$one/top-k$k" $flags --fine-top-k $k; done
+    for T in 0.9 1.1; do draw ctf "$one/T$T" $flags --temperature $T; done
+    for T in 0.9 1.1; do draw ctf "$one/fine-T$T" $flags --fine-temperature $T; done
+    set -- "$one"/{layers{1,4},top-k{1,8,32},T{0.9,1.1},fine-T{0.9,1.1}}
+    judge "$@"
+    table rows "$out"/{random,M32,seed1/plain,M256,M512} "$@"
 }
 
-# Table 3 (d), (e), (f): top-k of stage 2, temperature of stage 1, of stage 2.
-table3def() {
-    for k in 1 8 32 0; do
-        once python sample.py --out $OUT/topk$k --fine-top-k $k
-        once python evaluate.py --out $OUT/topk$k
+convergence() {
+    need "$OUT/.done/table1_digits" table1_digits
+    local copy
+    for copy in "$out"/seed1/kept-*; do
+        draw ctf "$copy" ${tuned[ctf]}
+        draw baseline "$copy" ${tuned[baseline]}
     done
-    for T in 0.9 1.1; do
-        once python sample.py --out $OUT/T$T --fine-top-k 0 --temperature $T
-        once python evaluate.py --out $OUT/T$T
-        once python sample.py --out $OUT/fineT$T --fine-top-k 0 --fine-temperature $T
-        once python evaluate.py --out $OUT/fineT$T
-    done
-    python tests/results.py rows $OUT/topk{1,8,32,0} $OUT/T{0.9,1.1} $OUT/fineT{0.9,1.1}
+    judge "$out"/seed1/kept-*
+    table convergence "$out"/seed1/kept-*
 }
 
-# Learning rates for the sweep over the size K of the codebook, at M = 128 and 1,000
-# steps of each model. Stage 1 has 128 labels at every K: its rate is chosen at K = 4096,
-# with the tokenizer of $OUT. At K = 16384 a baseline takes 15 minutes of one core: its
-# rate is chosen in 333 steps.
-sweep_rates() {
-    for K in 256 1024 16384; do
-        once python tokenizer.py --out $OUT/K$K --codebook-size $K
-        once python cluster.py --out $OUT/K$K
-    done
-    for lr in 5e-4 1e-3 2e-3 4e-3; do
-        once python ar_model.py --out $OUT/K4096/lr$lr --lr $lr --steps 1000
-    done
-    for lr in 2e-3 4e-3 8e-3; do
-        for K in 256 1024 4096; do
-            once python ar_model.py --out $OUT/K$K/lr$lr --lr $lr --labels fine --steps 1000
+second_tokenizer() {
+    need "$OUT/.done/table1_digits" table1_digits
+    local way to=$out/tokenizer1
+    once tokenizer.py "$to" --seed 1
+    once cluster.py "$to"
+    train "$to/seed1" --seed 1
+    train "$to/seed2" --seed 2
+    settle
+    cp "$out/classifier.pt" "$to" # the same judge
+    four_ways "$to"/seed{1,2}
+    for way in {plain,tuned}{,-argmax}; do table rows {"$out","$to"}/seed{1,2}/$way; done
+}
+
+rates_k() { # 1,000 steps; K = 4096 has the tokenizer and the clusters of $out
+    need "$out/metrics.json" default
+    local K lr s to
+    for K in 1024 4096 16384; do
+        to=$out/K$K
+        [ $K = 4096 ] || once tokenizer.py "$to" --codebook-size $K
+        [ $K = 4096 ] || once cluster.py "$to"
+        once aux_model.py "$to"
+        for lr in $RATES_K; do
+            once ar_model.py "$to/lr$lr" --steps 1000 --lr $lr
+            once ar_model.py "$to/lr$lr" --steps 1000 --lr $lr --labels fine
         done
-        once python ar_model.py --out $OUT/K16384/lr$lr --lr $lr --labels fine --steps 333
-    done
-    lr=16e-3 # where 8e-3, the end of the grid, is the best
-    once python ar_model.py --out $OUT/K4096/lr$lr --lr $lr --labels fine --steps 1000
-    once python ar_model.py --out $OUT/K16384/lr$lr --lr $lr --labels fine --steps 333
-    python tests/results.py loss $OUT/K*/lr*/{coarse,baseline}.pt
-}
-
-# The sweep: both models for each K, at the learning rates that sweep_rates found. First
-# the guidance (with sampling seed 1), then the scores at the best guidance.
-sweep() {
-    once cp $OUT/K4096/lr1e-3/coarse.pt $OUT/K4096
-    for K in 256 1024 16384; do
-        once cp $OUT/classifier.pt $OUT/K$K
-        once python ar_model.py --out $OUT/K$K --steps 1000
-    done
-    once cp $OUT/K256/lr4e-3/baseline.pt $OUT/K256
-    once cp $OUT/K1024/lr4e-3/baseline.pt $OUT/K1024
-    once cp $OUT/K4096/lr8e-3/baseline.pt $OUT/K4096
-    once python ar_model.py --out $OUT/K16384 --lr 8e-3 --labels fine --steps 1000
-    for K in 256 1024 4096 16384; do
-        once python aux_model.py --out $OUT/K$K
-        mkdir -p $OUT/K$K/search
-        search="--out $OUT/K$K/search --seed 1 --cfg-scales 1 1.5 2 3 4"
-        once python sample.py $search --fine-top-k 0
-        once python sample.py $search --model baseline
-        python tests/results.py best $OUT/K$K/search
-    done
-    for K in 256 1024 4096; do
-        once python sample.py --out $OUT/K$K --fine-top-k 0 --cfg-scales 3
-    done
-    once python sample.py --out $OUT/K16384 --fine-top-k 0 --cfg-scales 2
-    once python sample.py --out $OUT/K256 --model baseline --cfg-scales 2
-    once python sample.py --out $OUT/K1024 --model baseline --cfg-scales 3
-    once python sample.py --out $OUT/K4096 --model baseline --cfg-scales 2
-    once python sample.py --out $OUT/K16384 --model baseline --cfg-scales 3
-    for K in 256 1024 4096 16384; do
-        once python evaluate.py --out $OUT/K$K
-    done
-    python tests/results.py rows $OUT/K{256,1024,4096,16384}
-    python tests/results.py coarse $OUT/K{256,1024,4096,16384}
-}
-
-# Table 2: speed with random weights, at the default size.
-speed() {
-    python tests/benchmark.py --batch-sizes 64
-}
-
-# CIFAR-10 at the paper's K and M on a GPU: about five minutes for a seed on an H200.
-cifar_gpu() {
-    out=$OUT/cifar-gpu
-    once python tokenizer.py --data $CIFAR --out $out --codebook-size 16384 --steps 5000 --save-every 1000
-    once python cluster.py --out $out --clusters 512
-    size="--dim 384 --heads 6 --batch-size 128 --steps 3000 --save-every 500"
-    for seed in 0 1 2; do
-        once python ar_model.py --out $out/seed$seed --seed $seed --layers 6 $size --lr 5e-4
-        once python aux_model.py --out $out/seed$seed --seed $seed --layers 4 $size --lr 5e-4
-        once python ar_model.py --out $out/seed$seed --seed $seed --layers 6 $size --labels fine --lr 5e-4
-        draw="--num-samples 10000 --batch-size 1000 --cfg-scales 1 1.5 2 2.5 3"
-        mkdir -p $out/seed$seed/{sampled,argmax}
-        once python sample.py --out $out/seed$seed/sampled --fine-top-k 0 $draw
-        once python sample.py --out $out/seed$seed/argmax $draw
-        once python sample.py --out $out/seed$seed/sampled --model baseline $draw
-        for folder in $out/seed$seed/{sampled,argmax}/cfg*; do
-            once python evaluate.py --out $folder --judge-steps 3000
+        settle
+        cp "$out/classifier.pt" "$to" # the same judge
+        for lr in $RATES_K; do
+            for s in 1 1.5 2 3 4; do
+                draw ctf "$to/lr$lr/cfg$s" $s 1
+                draw baseline "$to/lr$lr/cfg$s" $s 1
+            done
         done
-    done
-    for way in sampled argmax; do
-        for scale in 1 1.5 2 2.5 3; do
-            python tests/results.py mean $out/seed{0,1,2}/$way/cfg$scale
-        done
+        table best "$to"/lr*
     done
 }
 
-# Learning rates for CIFAR-10 at the paper's K and M after a short training: 1,000 steps
-# of stage 1 and 500 of stage 2 against 1,000 of the baseline. A baseline takes twenty
-# minutes of one core, so its rate is chosen in 333 steps.
-cifar_rates() {
-    out=$OUT/cifar
-    once python tokenizer.py --data $CIFAR --out $out --codebook-size 16384 --steps 1500
-    once python cluster.py --out $out --clusters 512
-    for lr in 5e-4 1e-3 2e-3 4e-3; do
-        once python ar_model.py --out $out/lr$lr --lr $lr --dim 192 --steps 1000
+over_k() {
+    need "$OUT/.done/rates_k" rates_k
+    local K to lr1 cfg1 lrb cfgb
+    for K in 1024 4096 16384; do
+        to=$out/K$K/seed1
+        read -r lr1 cfg1 lrb cfgb <<<"${for_k[$K]}"
+        once ar_model.py "$to" --steps 1000 --seed 1 --lr $lr1
+        once aux_model.py "$to" --seed 1
+        once ar_model.py "$to" --steps 1000 --seed 1 --lr $lrb --labels fine
+        draw ctf "$to" $cfg1 1 $MANY
+        draw baseline "$to" $cfgb 1 $MANY
+        judge "$to"
     done
-    for lr in 1e-3 2e-3 4e-3 8e-3; do
-        once python aux_model.py --out $out/lr$lr --lr $lr --steps 500
-        once python ar_model.py --out $out/lr$lr --lr $lr --dim 192 --steps 333 --labels fine
-    done
-    python tests/results.py loss $out/lr*/{coarse,fine,baseline}.pt
+    table rows "$out"/K{1024,4096,16384}/seed1
+    table coarse "$out"/K{1024,4096,16384}/seed1
 }
 
-# CIFAR-10 after a short training, three seeds, at the learning rates that cifar_rates
-# found. First the guidance, on seed 0 with another sampling seed; then the scores at the
-# best guidance.
-cifar() {
-    out=$OUT/cifar
-    for seed in 0 1 2; do
-        once python ar_model.py --out $out/seed$seed --seed $seed --dim 192 --steps 1000
-        once python aux_model.py --out $out/seed$seed --seed $seed --lr 2e-3 --steps 500
-        once python ar_model.py --out $out/seed$seed --seed $seed --lr 2e-3 --dim 192 --steps 1000 --labels fine
-    done
-    search="--seed 1 --cfg-scales 1 1.5 2 3 4 6 8 12"
-    mkdir -p $out/seed0/search/{sampled,argmax}
-    once python sample.py --out $out/seed0/search/sampled --fine-top-k 0 $search
-    once python sample.py --out $out/seed0/search/sampled --model baseline $search 16 24
-    once python sample.py --out $out/seed0/search/argmax $search
-    once python evaluate.py --out $out/seed0/search/argmax/cfg2 --judge-steps 3000 # trains the judge
-    low="--temperature 0.8 --seed 1"
-    mkdir -p $out/seed0/search/{sampled,argmax}-T0.8
-    once python sample.py --out $out/seed0/search/sampled-T0.8 $low --model baseline --cfg-scales 2 4 8
-    once python sample.py --out $out/seed0/search/sampled-T0.8 $low --fine-top-k 0 --cfg-scales 2 3 4
-    once python sample.py --out $out/seed0/search/argmax-T0.8 $low --cfg-scales 2 3 4
-    python tests/results.py best $out/seed0/search
-    for seed in 0 1 2; do
-        once python sample.py --out $out/seed$seed --fine-top-k 0 --cfg-scales 4
-        once python sample.py --out $out/seed$seed --model baseline --cfg-scales 12
-        once python evaluate.py --out $out/seed$seed --judge-steps 3000
-        once python sample.py --out $out/seed$seed/argmax --cfg-scales 3
-        once python evaluate.py --out $out/seed$seed/argmax --judge-steps 3000
-    done
-    python tests/results.py mean $out/seed{0,1,2}
-    python tests/results.py mean $out/seed{0,1,2}/argmax
+speed() { python tests/experiments/benchmark.py --batch-sizes 64; }
+
+# ------------------------------------------------------------------------ How they run
+
+# Run a script on a folder, unless that has finished before: up to $J at a time. Only
+# commands of one kind run together: each stage needs what those before it wrote.
+once() { # SCRIPT FOLDER FLAGS
+    local kind=${1/aux_/ar_} text="$1 ${*:3}"
+    local mark="$2/.done/${text//[^a-zA-Z0-9.-]/_}"
+    [ ! -e "$mark" ] || return 0
+    [ "$kind" = "$running" ] || settle
+    running=$kind
+    while [ "$(jobs -rp | wc -l)" -ge "$J" ]; do wait -n || exit 1; done
+    echo "+ $*" >&2
+    carry_out "$mark" "$@" &
+    marks+=("$mark") jobs+=($!)
 }
 
-# CIFAR-10 at equal seconds: the baseline for as long as CTF's two trainings take
-# together. On the machine of RESULTS.md that is 400 steps.
-cifar_seconds() {
-    out=$OUT/cifar/seconds
-    once python ar_model.py --out $out --lr 2e-3 --dim 192 --steps 400 --labels fine
-    mkdir -p $out/search
-    once python sample.py --out $out/search --model baseline --seed 1 --cfg-scales 4 8 12 24
-    python tests/results.py best $out/search
-    once python sample.py --out $out --model baseline --cfg-scales 12
-    once python evaluate.py --out $out --judge-steps 3000
-    python tests/results.py rows $OUT/cifar/seed0 $out
+carry_out() { # MARK SCRIPT FOLDER FLAGS
+    local checkpoint=none resume=
+    case "$2 ${*:4}" in
+        tokenizer.py*) checkpoint=tokenizer.pt ;;
+        ar_model.py*"--labels fine"*) checkpoint=baseline.pt ;;
+        ar_model.py*) checkpoint=coarse.pt ;;
+        aux_model.py*) checkpoint=fine.pt ;;
+    esac
+    [ ! -e "$3/$checkpoint" ] || resume=--resume # of a stopped or a finished training
+    python "$2" --out "$3" "${@:4}" $resume >&2 || {
+        echo "error: this failed: python $2 --out $3 ${*:4}" >&2
+        kill $$ # the script, and with it what runs beside this
+        exit 1
+    }
+    mkdir -p "$3/.done"
+    touch "$1"
 }
 
-# CIFAR-10 at the paper's K and M on two cores. The last three trainings take 80 minutes
-# of one core for CTF and as much for the baseline.
-cifar_two_hours() {
-    out=$OUT/cifar
-    once python tokenizer.py --data $CIFAR --out $out --codebook-size 16384 --steps 1500
-    once python cluster.py --out $out --clusters 512
-    once python ar_model.py --out $out --dim 192 --steps 10000
-    once python aux_model.py --out $out --steps 5000 --lr 1e-3
-    once python ar_model.py --out $out --dim 192 --steps 4000 --labels fine
-    once python sample.py --out $out --cfg-scales 1.5 2 3
-    once python sample.py --out $out --cfg-scales 2 3 4 6 8 --model baseline
-    for folder in $out/cfg*; do
-        once python evaluate.py --out $folder --judge-steps 3000
+# Wait for all that runs. All of it must have finished.
+settle() {
+    local mark
+    wait
+    for mark in "${marks[@]}"; do [ -e "$mark" ] || exit 1; done
+    marks=() jobs=()
+}
+
+# Print a table of results.py, and collect the metrics.json behind it.
+table() { # COMMAND PATHS
+    settle
+    python tests/experiments/results.py "$@"
+    echo
+    local path run
+    mkdir -p "$OUT/results/$name"
+    for path in "${@:2}"; do
+        run=${path#"$OUT"/}
+        copy "$path/metrics.json" "$OUT/results/$name/${run//\//-}.json"
     done
-    python tests/results.py rows $out/cfg*
 }
 
+copy() { [ ! -e "$1" ] || cp "$1" "$2"; } # FILE TO, if there is such a file
+
+need() { [ -e "$1" ] || stop "$name needs $1: run $2 first"; } # FILE NAME
+
+stop() { echo "error: $*" >&2 && exit 1; }
+
+J=1 running='' marks=() jobs=()
+if [ "${1:-}" = -j ]; then
+    [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || stop "usage: reproduce.sh [-j N] NAME ..."
+    J=$2
+    shift 2
+fi
+[ $# != 0 ] || { list && exit; }
+names=" $(list | cut -d ' ' -f 1 | tr '\n' ' ')"
 for name in "$@"; do
-    $name
+    [[ $names = *" $name "* ]] || stop "$name is none of$names"
+done
+
+commit=$(git log -1 --abbrev=12 --format=%h -- ':(glob)*.py')
+git diff --quiet HEAD -- ':(glob)*.py' || stop "commit the changes of the scripts first"
+mkdir -p "$OUT/.done"
+exec 9>"$OUT/.done/lock"
+flock -n 9 || stop "another call works in $OUT"
+[ -e "$OUT/.done/commit" ] || echo "$commit" >"$OUT/.done/commit"
+made=$(<"$OUT/.done/commit")
+[ "$made" = "$commit" ] ||
+    stop "$OUT/.done belongs to commit $made, the scripts to $commit: set another OUT"
+
+[ "$J" = 1 ] || export OMP_NUM_THREADS=1
+set -m # each job is a process group, which ends with this script
+trap '[ ${#jobs[@]} = 0 ] || kill -- "${jobs[@]/#/-}" 2>/dev/null' EXIT
+trap 'exit 1' INT TERM
+for name in "$@"; do
+    suffix=_digits
+    [[ $name != *photographs ]] || suffix=_photographs
+    settings$suffix
+    ${name%$suffix}
+    settle
+    touch "$OUT/.done/$name"
 done

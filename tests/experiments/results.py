@@ -1,238 +1,315 @@
-"""Tables and figures that need several folders, from what the six scripts wrote there.
+"""Tables and figures that need several runs, from what the six scripts wrote.
 
-    python tests/results.py loss out/lr*/baseline.pt        # test loss of trainings
-    python tests/results.py best out/search                 # scores of samples in it
-    python tests/results.py mean out out/seed1 out/seed2    # mean ± deviation
-    python tests/results.py rows out out/M512               # the model rows of folders
-    python tests/results.py coarse out                      # bits per coarse label
-    python tests/results.py refine out                      # baseline + stage 2
-    python tests/results.py convergence out                 # figure 2, from out/kept-*
+    results.py loss out/lr*/baseline.pt        # the test loss of trainings
+    results.py best out/select                 # samples in it, to choose settings
+    results.py mean out/seed*/tuned            # mean ± standard deviation over seeds
+    results.py compare out/seed*/tuned         # which model has the lower FD?
+    results.py rows out out/M512               # the models run by run
+    results.py coarse out                      # bits per coarse label
+    results.py refine out                      # the baseline's samples + stage 2
+    results.py convergence out/seed1/kept-*    # figure 2
 
-Each prints a Markdown table. tests/reproduce.sh calls it for every table of RESULTS.md.
+Each prints a Markdown table. For mean, compare, rows and convergence a path is a folder
+with a metrics.json, or a copy of that file. reproduce.sh makes all tables with it.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+from scipy.stats import permutation_test, ttest_ind
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import evaluate
-import sample
-import tokenizer
-from ar_model import mean_loss
-from aux_model import predict_fine
+# isort: off
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tokenizer import fail, find, load, picture, restore
+from ar_model import Sampling, mean_loss
+from sample import load_models, name_of
+from evaluate import Classifier, caption, color_of, look, sample_sets, score
+from evaluate import stage2_alone
 
 CPU = torch.device("cpu")
 SCORES = ["fd", "inception_score", "class_accuracy", "precision", "recall"]
 HEAD = ["FD", "IS", "class accuracy", "precision", "recall"]
+COSTS = ["bits per token", "training s"]
+
+# ------------------------------------------------------------------- From metrics.json
 
 
-def table(head, rows):
-    """A Markdown table of cells."""
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+def read(paths, *also):
+    """The metrics.json of each path. Fails if one is missing, or if the runs were not
+    judged alike. also: more facts of the protocol that must be equal."""
+    files = [p if p.suffix == ".json" else p / "metrics.json" for p in paths]
+    for file in files:
+        if not file.exists():
+            fail(f"{file} is missing: run python evaluate.py first")
+    runs = [json.loads(file.read_text("utf-8")) for file in files]
+    alike = "data", "num_samples", "num_real", "judge_steps", "judge_accuracy", "device"
+    for key in (*alike, *also):
+        same(f"{key} of the runs", [run["protocol"][key] for run in runs])
+    return runs
+
+
+def same(what, values):
+    """Fails unless all values are equal."""
+    for value in values:
+        if value != values[0]:
+            fail(f"not comparable: {what} is {values[0]} and {value}")
+
+
+def by_name(paths):
+    """{name: [its rows, one per run]}; the name of a model includes its steps. Fails if
+    the rows of a model are not different runs of the same command."""
+    found = {}
+    for run in read(paths, "clusters", "seed"):
+        for row in run["rows"]:
+            steps = " + ".join(map(str, row.get("steps", [])))
+            name = f"{row['name']}, {steps} steps" if steps else row["name"]
+            found.setdefault(name, []).append(row)
+    for name, own in found.items():
+        for key in ("seed", "parameters", "stage1", "stage2"):
+            what = "sampling seed" if key == "seed" else key
+            same(f"{what} of {name}", [row.get(key) for row in own])
+        if "model" in own[0] and len({row["fd"] for row in own}) < len(own):
+            fail(f"two runs of {name} have the same FD: one run is given twice")
+    return found
+
+
+def mean(paths):
+    """Mean and standard deviation of each row over runs; all must have the same rows."""
+    found = by_name(paths)
+    for name, own in found.items():
+        if len(own) < len(paths):
+            fail(f"not comparable: {len(own)} of {len(paths)} runs have a row {name}")
+    body = [[name, *score_cells(own), *cost_cells(own)] for name, own in found.items()]
+    text = table(["images", *HEAD, *COSTS], body)
+    spread = f"; mean ± standard deviation of {len(paths)} runs" * (len(paths) > 1)
+    return f"{text}\n\n{caption(read(paths)[0]['protocol'])}{spread}."
+
+
+def compare(paths):
+    """For each pair of models: which one has the lower FD, over training seeds?"""
+    models = {k: own for k, own in by_name(paths).items() if "model" in own[0]}
+    distances = {name: [row["fd"] for row in own] for name, own in models.items()}
+    body = []
+    for (one, a), (other, b) in combinations(distances.items(), 2):
+        if min(len(a), len(b)) < 2:
+            fail(f"{one}, {other}: an interval needs two runs of each")
+        ratio, low, high, p = ratio_of_means(a, b)
+        verdict = "ahead" if high < 1 else "behind" if low > 1 else "level"
+        cells = f"{ratio:.2f}", f"{low:.2f} to {high:.2f}", f"{p:.3f}", verdict
+        body.append([one, other, f"{len(a)}, {len(b)}", *cells])
+    head = ["images", "compared with", "runs", "ratio of FD", "95% interval", "p"]
+    return table([*head, "verdict"], body)
+
+
+def ratio_of_means(a, b):
+    """The ratio of the geometric means of a and b; the ends of its 95% interval (Welch,
+    on logarithms: the variances may differ); and p of the exact permutation test, two-
+    sided, of the difference of the mean logarithms."""
+    a, b = np.log(a), np.log(b)
+    interval = ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    difference = lambda a, b, axis: a.mean(axis=axis) - b.mean(axis=axis)
+    test = permutation_test((a, b), difference, vectorized=True, n_resamples=np.inf)
+    logs = a.mean() - b.mean(), interval.low, interval.high
+    return *(math.exp(value) for value in logs), float(test.pvalue)
+
+
+def rows(paths):
+    """The rows of models and of stage 2 alone, run by run."""
+    body = []
+    for path, run in zip(paths, read(paths)):
+        for row in run["rows"]:
+            if "model" in row or row["name"].startswith("stage 2"):
+                name = str(path).removesuffix(".json")
+                body.append(
+                    [name, row["name"], *score_cells([row]), *cost_cells([row])]
+                )
+    return table(["run", "images", *HEAD, *COSTS], body)
+
+
+def convergence(paths):
+    """convergence.png beside the runs, the copies that --keep left: FD and Inception
+    Score over steps and seconds (the paper's figure 2)."""
+    models = [row for run in read(paths) for row in run["rows"] if "model" in row]
+    models.sort(key=lambda row: row["steps"][0])
+    file = paths[0].parent / "convergence.png"
+    with picture(file, 12, 7.5) as figure:
+        figure.suptitle("Samples during training: the same runs over steps and seconds")
+        left, right = figure.subplots(2, 2).T
+        for name in dict.fromkeys(row["name"] for row in models):
+            own = [row for row in models if row["name"] == name]
+            style = {"marker": "o", "color": color_of(name), "label": name}
+            steps = [row["steps"][0] for row in own]
+            seconds = [row["train_seconds"] for row in own]
+            for (above, below), xs in ((left, steps), (right, seconds)):
+                above.semilogy(xs, [row["fd"] for row in own], **style)
+                below.plot(xs, [row["inception_score"] for row in own], **style)
+        labels = "steps of stage 1 or baseline", "training seconds"
+        for (above, below), xlabel in zip((left, right), labels):
+            above.set(xlabel=xlabel, ylabel="FD (log scale): lower is better")
+            above.yaxis.set_major_formatter("{x:g}")
+            above.yaxis.set_minor_formatter("")
+            below.set(xlabel=xlabel, ylabel="Inception Score: higher is better")
+            above.legend()
+            below.legend()
+    return f"{rows(paths)}\n\n{file} shows them."
+
+
+# -------------------------------------------------------------- From the .pt artifacts
 
 
 def loss(paths):
     """The last test loss of trainings, beside their learning rates and steps."""
-    runs = [torch.load(path, map_location="cpu", weights_only=True) for path in paths]
-    rows = []
-    for path, run in zip(paths, runs):
-        last = run["history"]["test"][-1]
-        steps = f"{last['step']} of {run['settings']['steps']}"
-        numbers = f"{last['loss']:.3f}", f"{last['bits']:.3f}", f"{run['seconds']:.0f}"
-        rows.append([str(path), f"{run['settings']['lr']:g}", steps, *numbers])
-    return table(["file", "lr", "steps", "nats", "bits", "seconds"], rows)
+    body = []
+    for path in paths:
+        if not path.exists():
+            fail(f"{path} is missing")
+        run = load(path.parent, path.name)
+        settings, last = run["settings"], run["history"]["test"][-1]
+        steps = f"{last['step']} of {settings['steps']}"
+        losses = f"{last['loss']:.3f}", f"{last['bits']:.3f}"
+        rate, seconds = f"{settings['lr']:g}", f"{run['seconds']:.0f}"
+        body.append([str(path), rate, steps, *losses, seconds])
+    return table(["file", "lr", "steps", "nats", "bits", "training s"], body)
 
 
 @functools.cache
-def judge_of(path):
-    """The judge that evaluate.py has trained beside path, an images.pt; and the
-    features of its test images."""
-    data = torch.load(path, weights_only=True)
-    judge = evaluate.Classifier(len(data["class_names"]))
-    judge.load_state_dict(torch.load(path.with_name("classifier.pt"))["model"])
-    judge = tokenizer.to_device(judge.eval(), CPU)
-    return judge, evaluate.look(judge, data["test"][0], CPU)[0]
+def reference(path, split):
+    """The judge beside path, an images.pt, and its features (N', F) of the images to
+    compare with: all test images, or the first 5,000 training images."""
+    images = load(path.parent, path.name)
+    saved = load(path.parent, "classifier.pt", images_id=images["images_id"])
+    judge = restore(Classifier(len(images["class_names"])), saved, CPU)
+    x = images["test"].x if split == "test" else images["train"].x[:5000]
+    return judge, look(judge, x, CPU)[0]
 
 
-def scores(folder, images, y):
+def scores(folder, images, y, split="test"):
     """The scores of images of classes y, compared with the images.pt of folder."""
-    judge, real = judge_of(tokenizer.find(folder, "images.pt"))
-    return evaluate.measure(images, y, judge, real, CPU)
+    judge, real = reference(find(folder, "images.pt"), split)
+    return score(images, y, judge, real, CPU)
 
 
 def best(folders):
-    """The scores of all sample files below folders, the lowest FD of each model first:
-    to choose settings. (evaluate.py measures more, which takes longer.)"""
+    """The scores of all sample files in and below folders, the lowest FD of each model
+    first, to choose settings: compared with *training* images, since test images are
+    for what is reported."""
+    paths = sorted({p for folder in folders for p in folder.rglob("samples*.pt")})
+    if not paths:
+        fail("there are no samples in these folders: run python sample.py first")
     found = []
-    for path in [path for folder in folders for path in folder.rglob("samples*.pt")]:
+    for path in paths:
         samples = torch.load(path, map_location="cpu", weights_only=True)
-        own = scores(path.parent, samples["images"], samples["classes"])
-        found.append((sample.name_of(samples), own))
-    found.sort(key=lambda pair: (pair[0].partition(", guidance")[0], pair[1]["fd"]))
-    cells = [[name, *(number([own[k]], k) for k in SCORES)] for name, own in found]
-    return table(["images", *HEAD], cells)
-
-
-@torch.no_grad()
-def refine(folders):
-    """A control without training: the baseline's samples as they are, and with the fine
-    labels that stage 2 gives to their coarse labels. Which of the two is at fault?"""
-    cells = []
-    for folder in folders:
-        path = folder / "samples-baseline.pt"
-        samples = torch.load(path, map_location="cpu", weights_only=True)
-        y = samples["classes"]
-        models, _ = sample.load_models(folder, "ctf", CPU)
-        found = {"baseline": scores(folder, samples["images"], y)}
-        coarse = models["aux"].code_to_cluster[samples["fine"]]
-        for how, top_k in (("argmax", 1), ("sampled", 0)):
-            generator = torch.Generator().manual_seed(0)
-            fine = [
-                predict_fine(models["aux"], c, own_y, generator, top_k=top_k)
-                for c, own_y in zip(coarse.split(100), y.split(100))
-            ]
-            images = tokenizer.reconstruct(models["vqvae"], torch.cat(fine))
-            name = f"its coarse labels, {how} fine labels of stage 2"
-            found[name] = scores(folder, images, y)
-        for name, own in found.items():
-            numbers = (number([own[key]], key) for key in SCORES)
-            cells.append([str(folder), name, *numbers])
-    return table(["folder", "images", *HEAD], cells)
-
-
-def read(folders):
-    """The metrics.json of each folder."""
-    return [
-        json.loads((folder / "metrics.json").read_text("utf-8")) for folder in folders
-    ]
-
-
-def number(values, key):
-    """One score of several seeds as text: mean ± sample standard deviation."""
-    percent = key == "class_accuracy"
-    values = 100 * np.array(values) if percent else np.array(values)
-    digits = 1 if percent else 3 if key in ("precision", "recall") else 2
-    text = f"{values.mean():.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {values.std(ddof=1):.{digits}f}"
-    return text + "%" * percent
-
-
-def mean(folders):
-    """Mean and standard deviation of the rows that have the same name in all folders.
-    Fails if the folders were not judged alike."""
-    runs = read(folders)
-    same = ("data", "num_samples", "num_real", "steps", "images_id", "clusters")
-    protocols = [[run["protocol"][key] for key in same] for run in runs]
-    if any(protocol != protocols[0] for protocol in protocols):
-        sys.exit("error: the folders differ in images, numbers of images or judge")
-    rows = []
-    for row in runs[0]["rows"]:
-        found = [[r for r in run["rows"] if r["name"] == row["name"]] for run in runs]
-        if not all(found):
-            sys.exit(f"error: not every folder has a row called {row['name']}")
-        seeds = [own[0] for own in found]
-        cells = [row["name"]]
-        cells += [number([seed[key] for seed in seeds], key) for key in SCORES]
-        if "model" in row:
-            stages = np.array([seed["bits_per_stage"] for seed in seeds]).mean(axis=0)
-            cells.append(" + ".join(f"{bits:.2f}" for bits in stages))
-            cells.append(f"{np.mean([seed['train_seconds'] for seed in seeds]):.0f}")
-        else:
-            cells += ["", ""]
-        rows.append(cells)
-    text = table(["images", *HEAD, "bits per token", "training s"], rows)
-    return f"{text}\n\n{len(runs)} runs; {evaluate.caption(runs[0]['protocol'])}"
-
-
-def rows(folders):
-    """The rows of models and of stage 2 alone in each folder."""
-    cells = []
-    for folder, run in zip(folders, read(folders)):
-        for row in run["rows"]:
-            if "model" in row or row["name"].startswith("stage 2"):
-                scores = [number([row[key]], key) for key in SCORES]
-                bits = row.get("bits_per_stage", [])
-                text = " + ".join(f"{value:.2f}" for value in bits)
-                seconds = f"{row['train_seconds']:.0f}" if bits else ""
-                cells.append([str(folder), row["name"], *scores, text, seconds])
-    head = ["folder", "images", *HEAD, "bits per token", "training s"]
-    return table(head, cells)
+        images, y = samples["images"], samples["classes"]
+        own = scores(path.parent, images, y, "train")
+        found.append([name_of(samples), path.parent, samples["seed"], len(images), own])
+    same("the number of images", [N for *_, N, _ in found])
+    found.sort(key=lambda row: (row[0].partition(", guidance")[0], row[-1]["fd"]))
+    body = [[*map(str, facts), *score_cells([own])] for *facts, own in found]
+    return table(["images", "folder", "sampling seed", "N", *HEAD], body)
 
 
 @torch.no_grad()
 def coarse(folders):
-    """A control without training: the bits per coarse label of stage 1, and those of
-    the baseline, whose p(cluster) is the sum of p(code) over the codes of the cluster.
-    Stage 1 has seen the coarse labels before a token, the baseline the fine labels."""
-    cells = []
+    """Bits per coarse label of test images: under stage 1, which has seen the coarse
+    labels before a token; under the baseline, which has seen the fine labels (p(cluster)
+    is the sum of p(code) over its codes); and given the class alone, for fine labels,
+    too: a model with fewer bits has learnt from other tokens."""
+    body = []
     for folder in folders:
-        models, _ = sample.load_models(folder, "ctf", CPU)
-        g, stage1 = models["aux"].code_to_cluster, models["ar"]
-        baseline = sample.load_models(folder, "baseline", CPU)[0]["ar"]
-        _, (fine, y), _ = tokenizer.load_examples(folder, "tokens.pt")
-        nats = mean_loss(stage1, g[fine], y)
-        own = []
-        for part, part_y in zip(fine.split(64), y.split(64)):
+        models, made = load_models(folder, "ctf", CPU)
+        baseline = load_models(folder, "baseline", CPU)[0].ar
+        g, M = models.aux.code_to_cluster, len(models.aux.members)
+        ids = {"codebook_id": made["vqvae"]["codebook_id"]}
+        tokens = load(folder, "tokens.pt", **ids)
+        (seen, seen_y), (fine, y) = tokens["train"], tokens["test"]
+        bits = [mean_loss(models.ar, g[fine], y) / math.log(2), 0]
+        for part, part_y in zip(fine.split(16), y.split(16)):
             p = baseline(part[:, :-1], part_y).softmax(dim=-1)  # (B, T, K)
-            shape = (*part.shape, len(models["aux"].members))
-            p = torch.zeros(shape).index_add_(2, g, p)  # (B, T, M)
-            own.append(-p.gather(2, g[part][..., None]).log().flatten())
-        bits = nats / math.log(2), torch.cat(own).mean().item() / math.log(2)
-        cells.append([str(folder), *(f"{value:.3f}" for value in bits)])
-    return table(["bits per coarse label", "stage 1", "baseline, summed"], cells)
+            p = torch.zeros(*part.shape, M).index_add_(2, g, p)  # (B, T, M)
+            own = p.gather(2, g[part][..., None]).log2().sum().item()
+            bits[1] -= own / fine.numel()
+        bits += [unigram_bits(g[seen], seen_y, g[fine], y, M)]
+        bits += [unigram_bits(seen, seen_y, fine, y, len(g))]
+        body.append([str(folder), *(f"{value:.3f}" for value in bits)])
+    head = ["folder", "stage 1", "baseline, summed", "given the class", "fine labels"]
+    return table(head, body)
 
 
-def convergence(folders):
-    """convergence.png in the folder: FD and Inception Score over steps and seconds of
-    the copies that --keep left (the paper's figure 2)."""
-    (out,) = folders
-    kept = sorted(out.glob("kept-*/metrics.json"))
-    models = [row for run in read([p.parent for p in kept]) for row in run["rows"]]
-    models = [row for row in models if "model" in row]
-    figure = Figure(figsize=(12, 7.5), layout="constrained")
-    figure.suptitle(
-        "Samples during training: the same runs over steps and over seconds"
-    )
-    labels = {"fd": "FD (log scale): lower is better"}
-    labels["inception_score"] = "Inception Score: higher is better"
-    names = list(dict.fromkeys(row["name"] for row in models))
-    for axes, score in zip(figure.subplots(2, 2), labels):
-        for ax, x in zip(axes, ("steps of stage 1 or baseline", "training seconds")):
-            for name in names:
-                own = [row for row in models if row["name"] == name]
-                steps = [row["steps"][0] for row in own]
-                seconds = [row["train_seconds"] for row in own]
-                xs = steps if x.startswith("steps") else seconds
-                ys = [row[score] for row in own]
-                ax.plot(xs, ys, marker="o", color=evaluate.color_of(name), label=name)
-            ax.set(xlabel=x, ylabel=labels[score])
-            ax.legend()
-            if score == "fd":
-                ax.set_yscale("log")
-                ax.yaxis.set_major_formatter("{x:g}")
-                ax.yaxis.set_minor_formatter("")
-    figure.savefig(out / "convergence.png")
-    return rows([p.parent for p in kept]) + f"\n\nwrote {out / 'convergence.png'}"
+def unigram_bits(seen, seen_y, labels, y, V):
+    """The bits per label of labels (N, T), 0 .. V - 1, if p(label | class y) is how
+    often the label has the class in seen, plus one."""
+    C = int(seen_y.max()) + 1
+    pairs = (seen + V * seen_y[:, None]).flatten()
+    counts = 1.0 + pairs.bincount(minlength=C * V).view(C, V)
+    p = counts / counts.sum(dim=1, keepdim=True)
+    return -p[y[:, None], labels].log2().mean().item()
+
+
+def refine(folders):
+    """The scores of the baseline's samples as they are, and with the fine labels that
+    stage 2 gives to their coarse labels. Which of the two are at fault?"""
+    body = []
+    for folder in folders:
+        sets = {samples["model"]: samples for samples, *_ in sample_sets(folder, CPU)}
+        if "baseline" not in sets:
+            fail(f"{folder} has no samples-baseline.pt")
+        images, fine, y = map(sets["baseline"].get, ("images", "fine", "classes"))
+        found, (models, _) = {"baseline": images}, load_models(folder, "ctf", CPU)
+        for how, stage2 in (("argmax", Sampling(top_k=1)), ("sampled", Sampling())):
+            name = f"its coarse labels, {how} fine labels of stage 2"
+            found[name] = stage2_alone(models, fine, y, 0, stage2)
+        for name, x in found.items():
+            body.append([str(folder), name, *score_cells([scores(folder, x, y)])])
+    return table(["folder", "images", *HEAD], body)
+
+
+# ----------------------------------------------------------------------------- As text
+
+
+def table(head, body):
+    """A Markdown table of cells."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def score_cells(own):
+    """The SCORES of several runs as text: mean ± standard deviation (n - 1)."""
+    cells = []
+    for key, digits in zip(SCORES, (2, 2, 1, 3, 3)):
+        percent = key == "class_accuracy"
+        values = np.array([row[key] for row in own]) * (100 if percent else 1)
+        spread = f" ± {values.std(ddof=1):.{digits}f}" if len(own) > 1 else ""
+        cells.append(f"{values.mean():.{digits}f}{spread}{'%' * percent}")
+    return cells
+
+
+def cost_cells(own):
+    """The mean bits per stage and training seconds as text; nothing for no model."""
+    if "model" not in own[0]:
+        return "", ""
+    bits = np.mean([row["bits_per_stage"] for row in own], axis=0)
+    seconds = np.mean([row["train_seconds"] for row in own])
+    return " + ".join(f"{value:.2f}" for value in bits), f"{seconds:.0f}"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    commands = {"loss": loss, "best": best, "mean": mean, "rows": rows}
-    commands |= {"coarse": coarse, "refine": refine, "convergence": convergence}
+    commands = [loss, best, mean, compare, rows, coarse, refine, convergence]
+    commands = {command.__name__: command for command in commands}
     parser.add_argument("what", choices=commands)
-    parser.add_argument("paths", type=Path, nargs="+", help="folders (loss: .pt files)")
+    parser.add_argument("paths", type=Path, nargs="+", help="runs (loss: .pt files)")
     args = parser.parse_args(argv)
-    print(commands[args.what](args.paths))
+    with contextlib.redirect_stdout(sys.stderr):  # "using out/..."
+        text = commands[args.what](args.paths)
+    print(text)
 
 
 if __name__ == "__main__":

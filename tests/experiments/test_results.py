@@ -1,99 +1,305 @@
-"""The tables over several folders, and the script that makes them."""
+"""The tables over several runs, and the script that makes them."""
 
+import itertools
 import json
-import subprocess
+import math
 
+import benchmark
+import numpy as np
 import pytest
 import results
+import scipy.stats
 import torch
-from conftest import ROOT, edit
+from conftest import CLASSES, G, K, M, error_of
 
 import evaluate
-import sample
+import tokenizer
+from ar_model import Sampling
+from aux_model import predict_fine
+from sample import load_models, sample_batches
 
 
-def judged(folder, fd, bits=(2.0, 3.0), **protocol):
-    """A folder with a metrics.json of two rows."""
-    row = {"name": "real training images", "fd": 0.5, "inception_score": 9.0}
-    row |= {"class_accuracy": 1.0, "precision": 0.9, "recall": 0.8}
-    model = {"name": "CTF", "model": "ctf", "fd": fd, "bits_per_stage": bits}
-    model |= {"train_seconds": 10 * fd, "steps": [4, 2]}
-    facts = {"data": "pets", "num_samples": 16, "num_real": 24, "steps": 800}
-    facts |= {"images_id": "x", "clusters": "kmeans"} | protocol
-    folder.mkdir()
-    text = json.dumps({"protocol": facts, "rows": [row, row | model]})
+def run(folder, base, stage1=2.0, rows=slice(None), steps=(4, 2), seed=0, **protocol):
+    """folder with a metrics.json of four rows; every number in it is different."""
+    found = []
+    for i, name in enumerate(["real images", "stage 2 alone", "CTF", "baseline"]):
+        x = base + i
+        own = {"name": name, "fd": x, "inception_score": 10 + x}
+        own |= {"class_accuracy": x / 100, "precision": x / 50, "recall": x / 40}
+        if i > 1:
+            bits = [base, base + 0.5] if i == 2 else [20 + base]
+            own |= {"model": name.lower(), "seed": seed, "steps": list(steps)[: 4 - i]}
+            own |= {"bits_per_stage": bits, "train_seconds": 10**i * base}
+            own |= {"parameters": i, "stage1": {"cfg_scale": stage1}, "stage2": {}}
+        found.append(own)
+    facts = {"data": "pets", "num_samples": 16, "num_real": 24, "judge_steps": 800}
+    facts |= {"judge_accuracy": 0.9, "device": "cpu", "clusters": "kmeans", "seed": 0}
+    folder.mkdir(exist_ok=True)
+    text = json.dumps({"protocol": facts | protocol, "rows": found[rows]})
     (folder / "metrics.json").write_text(text)
     return folder
 
 
-def test_mean_and_sample_deviation_of_seeds(tmp_path):
-    pairs = zip("abc", (1, 2, 6), ((1.0, 2.0), (2.0, 3.0), (3.0, 4.0)))
-    text = results.mean([judged(tmp_path / name, fd, bits) for name, fd, bits in pairs])
+def test_mean_and_standard_deviation_over_runs(tmp_path):
     # Of 1, 2, 6: the squared distances from 3 are 4, 1 and 9, over n - 1 = 2.
-    assert "| CTF | 3.00 ± 2.65 | 9.00 ± 0.00 | 100.0 ± 0.0% |" in text
-    assert "| 2.00 + 3.00 | 30 |" in text and text.endswith("24 test images of pets")
+    assert (
+        results.mean([run(tmp_path / f"{base}", base) for base in (1, 2, 6)])
+        == """\
+| images | FD | IS | class accuracy | precision | recall | bits per token | training s |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+| real images | 3.00 ± 2.65 | 13.00 ± 2.65 | 3.0 ± 2.6% | 0.060 ± 0.053 | \
+0.075 ± 0.066 |  |  |
+| stage 2 alone | 4.00 ± 2.65 | 14.00 ± 2.65 | 4.0 ± 2.6% | 0.080 ± 0.053 | \
+0.100 ± 0.066 |  |  |
+| CTF, 4 + 2 steps | 5.00 ± 2.65 | 15.00 ± 2.65 | 5.0 ± 2.6% | 0.100 ± 0.053 | \
+0.125 ± 0.066 | 3.00 + 3.50 | 300 |
+| baseline, 4 steps | 6.00 ± 2.65 | 16.00 ± 2.65 | 6.0 ± 2.6% | 0.120 ± 0.053 | \
+0.150 ± 0.066 | 23.00 | 3000 |
+
+16 images per row against 24 test images of pets; mean ± standard deviation of 3 runs."""
+    )
 
 
-@pytest.mark.parametrize("name", ["num_samples", "images_id", "clusters", "steps"])
-def test_folders_that_were_judged_differently_are_not_averaged(tmp_path, name):
-    folders = [judged(tmp_path / "a", 1), judged(tmp_path / "b", 1, **{name: "other"})]
-    with pytest.raises(SystemExit, match="differ"):
-        results.mean(folders)
+def test_rows_run_by_run_of_folders_and_of_copied_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (run(tmp_path / "b", 2) / "metrics.json").rename("b.json")
+    run(tmp_path / "a", 1)
+    assert (
+        results.rows([results.Path("a"), results.Path("b.json")])
+        == """\
+| run | images | FD | IS | class accuracy | precision | recall | bits per token | \
+training s |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| a | stage 2 alone | 2.00 | 12.00 | 2.0% | 0.040 | 0.050 |  |  |
+| a | CTF | 3.00 | 13.00 | 3.0% | 0.060 | 0.075 | 1.00 + 1.50 | 100 |
+| a | baseline | 4.00 | 14.00 | 4.0% | 0.080 | 0.100 | 21.00 | 1000 |
+| b | stage 2 alone | 3.00 | 13.00 | 3.0% | 0.060 | 0.075 |  |  |
+| b | CTF | 4.00 | 14.00 | 4.0% | 0.080 | 0.100 | 2.00 + 2.50 | 200 |
+| b | baseline | 5.00 | 15.00 | 5.0% | 0.100 | 0.125 | 22.00 | 2000 |"""
+    )
 
 
-def test_the_best_settings_have_the_lowest_distance(trained):
-    flags = ["--num-samples", "24", "--seed", "1"]
-    search = trained / "search"
-    search.mkdir()
-    sample.main(["--out", str(search), *flags, "--cfg-scales", "1", "4"])
-    sample.main(["--out", str(trained), *flags])
-    evaluate.main(["--out", str(trained), "--judge-steps", "2"])
-    lines = results.best([search]).splitlines()[2:]
-    distances = [float(line.split("|")[2]) for line in lines]
-    assert len(lines) == 2 and distances == sorted(distances)
-    # Files of the same settings are all listed.
-    assert len(results.best([search, search]).splitlines()) == 2 + 4
-    # It is the distance that evaluate.py measures.
-    evaluate.main(["--out", str(search / "cfg1"), "--judge-steps", "2"])
-    rows = json.loads((search / "cfg1" / "metrics.json").read_text())["rows"]
-    assert f"| {rows[-1]['fd']:.2f} |" in next(x for x in lines if "guidance 1 " in x)
+@pytest.mark.parametrize(
+    ("what", "other"),
+    [
+        ("num_samples", {"num_samples": 17}),
+        ("judge_accuracy", {"judge_accuracy": 0.8}),
+        ("clusters", {"clusters": "random"}),
+        ("1 of 2 runs .* 4 . 2 steps", {"steps": (5, 2)}),
+        ("1 of 2 runs .* baseline", {"rows": slice(3)}),
+        ("sampling seed", {"seed": 1}),
+        ("stage1", {"stage1": 3.0}),
+        ("same FD", {"base": 1}),
+    ],
+)
+def test_runs_that_are_not_alike_are_not_averaged(tmp_path, what, other):
+    runs = [run(tmp_path / "a", 1), run(tmp_path / "b", **{"base": 2} | other)]
+    with pytest.raises(SystemExit, match=f"error: .*{what}"):
+        results.mean(runs)
 
 
-def test_refined_samples_keep_their_coarse_labels(trained, monkeypatch):
-    sample.main(["--out", str(trained), "--num-samples", "24", "--model", "baseline"])
-    samples = torch.load(trained / "samples-baseline.pt", weights_only=True)
-    decoded = []
-    capture = lambda vqvae, fine: decoded.append(fine)
-    monkeypatch.setattr(results.tokenizer, "reconstruct", capture)
-    monkeypatch.setattr(results, "scores", lambda *_: dict.fromkeys(results.SCORES, 1))
-    text = results.refine([trained])
-    g = torch.load(trained / "clusters.pt", weights_only=True)["code_to_cluster"]
-    coarse = g[samples["fine"]]
-    assert len(decoded) == 2 and all(torch.equal(g[fine], coarse) for fine in decoded)
-    # The first takes the argmax, the second samples.
-    aux = sample.load_models(trained, "ctf", torch.device("cpu"))[0]["aux"]
-    index = aux(coarse, samples["classes"]).argmax(dim=-1)[..., None]
-    assert torch.equal(decoded[0], aux.members[coarse].gather(2, index)[..., 0])
-    assert not torch.equal(*decoded) and len(text.splitlines()) == 5
+def test_a_run_given_twice_and_a_missing_run_are_refused(tmp_path, capsys):
+    a = run(tmp_path / "a", 1)
+    for other, text in (
+        (a / "b", "b/metrics.json is missing"),
+        (a / "." / "", "twice"),
+    ):
+        assert text in error_of(capsys, results.main, "mean", a, other)[1]
 
 
-def test_coarse_bits_of_the_baseline_against_a_loop(trained):
-    """Without learnt weights the baseline is uniform over K codes, and its clusters are
-    of equal size: log2 of M = 4 bits."""
-    artifact = torch.load(trained / "baseline.pt", weights_only=True)
-    artifact["model"]["head.weight"].zero_()
-    edit(trained / "baseline.pt", model=artifact["model"])
-    line = results.coarse([trained]).splitlines()[-1]
-    assert line.split("|")[3].strip() == "2.000"
+@pytest.mark.parametrize(
+    ("scale", "verdict"),
+    [(0.3, "ahead"), (3, "behind"), (0.9, "level"), (1.2, "level")],
+)
+def test_comparison_by_welchs_interval_and_the_exact_permutation_test(
+    tmp_path, scale, verdict
+):
+    a, b = scale * np.array([1.0, 1.1, 1.3, 1.2, 0.8]), np.array([2.0, 0.7, 1.1, 0.9])
+    names = [tmp_path / f"{i}" for i in range(9)]
+    folders = [run(f, x - 2, rows=slice(2, 3)) for f, x in zip(names, a)]
+    folders += [run(f, x - 3, rows=slice(3, 4)) for f, x in zip(names[5:], b)]
+    cells = [cell.strip() for cell in results.compare(folders).split("|")[-8:-1]]
+    x, y = np.log(a), np.log(b)
+    parts = x.var(ddof=1) / 5, y.var(ddof=1) / 4
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 4 + parts[1] ** 2 / 3)  # Welch
+    half = scipy.stats.t.ppf(0.975, freedom) * math.sqrt(sum(parts))
+    gap, everything = x.mean() - y.mean(), np.concatenate([x, y])
+    gaps = []
+    for chosen in itertools.combinations(range(9), 5):
+        rest = np.delete(everything, chosen)
+        gaps.append(everything[list(chosen)].mean() - rest.mean())
+    shares = (
+        np.mean(np.array(gaps) <= gap + 1e-9),
+        np.mean(np.array(gaps) >= gap - 1e-9),
+    )
+    low, high = math.exp(gap - half), math.exp(gap + half)
+    numbers = f"{math.exp(gap):.2f}", f"{low:.2f} to {high:.2f}"
+    assert cells[:4] == ["CTF, 4 + 2 steps", "baseline, 4 steps", "5, 4", numbers[0]]
+    assert cells[4:] == [numbers[1], f"{min(1, 2 * min(shares)):.3f}", verdict]
 
 
-def test_a_finished_command_is_skipped_and_a_stopped_one_is_resumed(tmp_path):
-    script = (ROOT / "tests" / "reproduce.sh").read_text()
-    script = script.replace('"$0")/..', '"$0")')
-    tool = "echo called $* >> log; test -e ready || { touch ready; exit 1; }"
-    (tmp_path / "ar_model.py").write_text(tool)
-    (tmp_path / "run.sh").write_text(script + "once bash ar_model.py --lr 1\n")
-    command = ["bash", str(tmp_path / "run.sh")]
-    codes = [subprocess.run(command, check=False).returncode for _ in range(3)]
-    assert codes == [1, 0, 0]
-    assert (tmp_path / "log").read_text() == "called --lr 1\ncalled --lr 1 --resume\n"
+def test_an_interval_needs_two_runs(tmp_path):
+    with pytest.raises(SystemExit, match="two runs"):
+        results.compare([run(tmp_path / "a", 1)])
+
+
+def test_loss_is_that_of_the_last_save(tmp_path, capsys):
+    for name, n in (("coarse", 1), ("fine", 2)):
+        first = {"step": n, "loss": n + 0.1, "bits": n + 0.2}
+        last = {"step": n + 5, "loss": n + 0.3, "bits": n + 0.4}
+        made = {"settings": {"lr": n / 1000, "steps": n + 6}, "seconds": n + 7.0}
+        made |= {"step": n + 5, "history": {"test": [first, last]}}
+        torch.save(made, tmp_path / f"{name}.pt")
+    results.main(["loss", f"{tmp_path}/coarse.pt", f"{tmp_path}/fine.pt"])
+    assert capsys.readouterr().out == (  # without what load says
+        "| file | lr | steps | nats | bits | training s |\n"
+        "| --- | --- | --- | --- | --- | --- |\n"
+        f"| {tmp_path}/coarse.pt | 0.001 | 6 of 7 | 1.300 | 1.400 | 8 |\n"
+        f"| {tmp_path}/fine.pt | 0.002 | 7 of 8 | 2.300 | 2.400 | 9 |\n"
+    )
+
+
+def with_judge(folder, train=None):
+    """folder with classifier.pt; the judge and a function: images -> its features."""
+    torch.manual_seed(0)
+    judge = evaluate.Classifier(CLASSES).eval()
+    ids = {"images_id": "the-images"}
+    torch.save(ids | {"model": judge.state_dict()}, folder / "classifier.pt")
+    return judge, lambda images: evaluate.look(judge, images, results.CPU)[0]
+
+
+def cells_of(own):
+    """Scores as a table has them."""
+    cells = f"{own['fd']:.2f}", f"{own['inception_score']:.2f}"
+    cells += (f"{own['class_accuracy']:.1%}", f"{own['precision']:.3f}")
+    return " | ".join([*cells, f"{own['recall']:.3f}"])
+
+
+def test_the_best_settings_are_those_nearest_to_5000_training_images(out, capsys):
+    rng = np.random.default_rng(0)
+    noise = lambda n, most: torch.from_numpy(rng.integers(most, size=(n, 8, 8, 3)))
+    train = torch.cat([noise(5000, 250), noise(20, 2)]).byte()
+    y = torch.arange(5020) % CLASSES
+    test = (noise(30, 90).byte(), torch.arange(30) % CLASSES)
+    made = torch.load(out / "images.pt", weights_only=True) | {"test": test}
+    torch.save(made | {"train": (train, y)}, out / "images.pt")
+    judge, features = with_judge(out)
+    real, lines = features(train[:5000]), {}
+    kinds = {"c": ("ctf", 1, 100), "a": ("ctf", 3, 200), "b": ("baseline", 2, 240)}
+    for seed, (name, (model, scale, most)) in enumerate(kinds.items()):
+        folder = out / "search" / name
+        folder.mkdir(parents=True)
+        images, classes = noise(40, most).byte(), torch.arange(40) * 2 % CLASSES
+        stages = {"stage1": vars(Sampling(scale)), "stage2": vars(Sampling())}
+        if model == "baseline":
+            stages["stage2"] = {}
+        samples = {"images": images, "classes": classes, "seed": seed} | stages
+        torch.save(samples, folder / f"samples{'-' + model if seed == 2 else ''}.pt")
+        own = evaluate.score(images, classes, judge, real, results.CPU)
+        text = "baseline" if seed == 2 else "CTF, sampled fine labels"
+        line = (
+            f"| {text}, guidance {scale} | {folder} | {seed} | 40 | {cells_of(own)} |"
+        )
+        lines[name] = own["fd"], line
+    assert lines["a"][0] < lines["c"][0]
+    head = "images | folder | sampling seed | N | FD | IS | class accuracy | precision"
+    expected = [f"| {head} | recall |", "| --- " * 9 + "|"]
+    expected += [lines[name][1] for name in "acb"]
+    assert results.best([out / "search", out]).splitlines() == expected
+    few = {"images": images[:9], "classes": classes[:9]}
+    torch.save(samples | few, out / "search" / "samples.pt")
+    assert "40 and 9" in error_of(capsys, results.main, "best", out / "search")[1]
+    (out / "nothing").mkdir()
+    assert "no samples" in error_of(capsys, results.main, "best", out / "nothing")[1]
+
+
+@torch.no_grad()
+def test_bits_per_coarse_label_against_loops(trained):
+    models = load_models(trained, "ctf", results.CPU)[0]
+    baseline = load_models(trained, "baseline", results.CPU)[0].ar
+    tokens = torch.load(trained / "tokens.pt", weights_only=True)
+    (seen, seen_y), (fine, y) = tokens["train"], tokens["test"]
+    coarse = models.ar(G[fine][:, :-1], y).double().log_softmax(dim=-1)
+    p = baseline(fine[:, :-1], y).double().softmax(dim=-1)
+    totals = np.zeros(4)
+    for i, t in itertools.product(*map(range, fine.shape)):
+        q, own = fine[i, t], seen[seen_y == y[i]].flatten()
+        totals[0] -= coarse[i, t, G[q]] / math.log(2)
+        totals[1] -= math.log2(p[i, t][G[q] == G].sum())
+        totals[2] -= math.log2(((G[own] == G[q]).sum() + 1) / (len(own) + M))
+        totals[3] -= math.log2(((own == q).sum() + 1) / (len(own) + K))
+    bits = " | ".join(f"{value:.3f}" for value in totals / fine.numel())
+    head = "| folder | stage 1 | baseline, summed | given the class | fine labels |"
+    lines = results.coarse([trained, trained]).splitlines()
+    assert lines == [head, "| --- " * 5 + "|", *2 * [f"| {trained} | {bits} |"]]
+
+
+@torch.no_grad()
+def test_refined_samples_keep_their_coarse_labels(trained, capsys):
+    judge, features = with_judge(trained)
+    real = features(torch.load(trained / "images.pt", weights_only=True)["test"][0])
+    models, made = load_models(trained, "baseline", results.CPU)
+    y = torch.arange(24) % CLASSES
+    images, _, fine, _ = sample_batches(models, y, 0)
+    samples = {"model": "baseline", "images": images, "classes": y, "fine": fine}
+    samples["weights"] = {name: own["weights_id"] for name, own in made.items()}
+    assert "samples" in error_of(capsys, results.main, "refine", trained)[1]
+    torch.save(samples, trained / "samples-baseline.pt")
+    models = load_models(trained, "ctf", results.CPU)[0]
+    coarse, aux = G[fine], models.aux
+    best = aux(coarse, y).argmax(dim=-1)[..., None]
+    found = {"baseline": images}
+    for how, own in (
+        ("argmax", aux.members[coarse].gather(2, best)[..., 0]),
+        ("sampled", predict_fine(aux, coarse, y, torch.manual_seed(0), Sampling())),
+    ):
+        decoded = tokenizer.reconstruct(models.vqvae, own)
+        found[f"its coarse labels, {how} fine labels of stage 2"] = decoded
+    head = "| folder | images | FD | IS | class accuracy | precision | recall |"
+    lines = [head, "| --- " * 7 + "|"]
+    for name, x in found.items():
+        cells = cells_of(evaluate.score(x, y, judge, real, results.CPU))
+        lines.append(f"| {trained} | {name} | {cells} |")
+    assert results.refine([trained]).splitlines() == lines
+
+
+def test_convergence_over_steps_and_over_seconds(tmp_path, monkeypatch):
+    drawn = []
+    save = lambda self, path, **how: drawn.append((self, path))
+    monkeypatch.setattr(tokenizer.Figure, "savefig", save)
+    folders = [run(tmp_path / f"kept-{n:02}", n, steps=(7 * n, n)) for n in (2, 1, 3)]
+    text = results.convergence(folders)
+    assert text.startswith(results.rows(folders)) and len(drawn) == 1
+    figure, path = drawn[0]
+    assert path == tmp_path / "convergence.png" and str(path) in text
+    x = ["steps of stage 1 or baseline", "training seconds"]
+    y = ["FD (log scale): lower is better", "Inception Score: higher is better"]
+    for i, ax in enumerate(figure.axes):
+        assert (ax.get_xlabel(), ax.get_ylabel()) == (x[i % 2], y[i // 2])
+        assert ax.get_yscale() == ("log" if i < 2 else "linear")
+        names = [entry.get_text() for entry in ax.get_legend().get_texts()]
+        assert names == ["CTF", "baseline"]
+        for j, line in enumerate(ax.get_lines()):
+            xs = [10 ** (j + 2) * n for n in (1, 2, 3)] if i % 2 else [7, 14, 21]
+            ys = [10 * (i // 2) + n + j + 2 for n in (1, 2, 3)]
+            assert line.get_xydata().tolist() == [list(pair) for pair in zip(xs, ys)]
+            assert line.get_color() == ["tab:orange", "tab:blue"][j]
+    assert len(figure.axes) == 4
+
+
+def test_benchmark_prints_a_row_for_each_combination(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "GRID", [4, 4])
+    monkeypatch.setitem(benchmark.SIZES, "default", (1, 16, 2))
+    monkeypatch.setitem(benchmark.SIZES, "default-aux", (1, 16, 2))
+    flags = ["--codes", "32", "64", "--clusters", "8", "--batch-sizes", "3"]
+    benchmark.main([*flags, "--rounds", "1", "--cfg-scales", "2"])
+    printed = capsys.readouterr().out
+    rows = [line.split(" | ") for line in printed.splitlines() if "| default" in line]
+    assert "same tokens: True" in printed and len(rows) == 2
+    for row, size in zip(rows, ("32", "64")):
+        assert row[1:5] == [size, "8", "3", "2"]
+        slow, fast, ratio, base, *parts = (float(x.strip("| ")) for x in row[5:])
+        ctf = sum(parts)
+        assert slow == pytest.approx(3000 / (base + parts[2]), rel=0.1)
+        assert fast == pytest.approx(3000 / ctf, rel=0.1)
+        assert ratio == pytest.approx(fast / slow, rel=0.1)

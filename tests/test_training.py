@@ -1,0 +1,307 @@
+"""What the trainings of the tokenizer, stage 1, the baseline and stage 2 share: batches,
+optimizer, clock, saves, --resume and --overwrite. Nearly all tests run for all four."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import G, K, M, contents, ctrl_c, edit, error_of, on_backward, pictures
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ar_model
+import aux_model
+import sample
+import tokenizer
+
+SIZES = "--image-size 16 --downsample 8 --channels 20 --codebook-size 24 --code-dim 6"
+SHAPE, CONFIG = "--layers 1 --dim 24 --heads 3", (3, [4, 4], 1, 24, 3)
+# The file that a training writes: its script, and its own flags.
+TRAININGS = {"tokenizer.pt": (tokenizer, SIZES), "coarse.pt": (ar_model, SHAPE)}
+TRAININGS["baseline.pt"] = ar_model, f"{SHAPE} --labels fine"
+TRAININGS["fine.pt"] = aux_model, SHAPE
+NOT_TOKENIZER = [name for name in TRAININGS if name != "tokenizer.pt"]
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
+def new_model(name):
+    if name == "tokenizer.pt":
+        return tokenizer.VQVAE(tokenizer.VQVAEConfig(16, 8, 20, 24, 6))
+    if name == "fine.pt":
+        return aux_model.AuxModel(aux_model.AuxConfig(M, K, *CONFIG), G)
+    V = M if name == "coarse.pt" else K
+    return ar_model.ARModel(ar_model.ARConfig(V, *CONFIG))
+
+
+class Training:
+    """One of the trainings, in the folder out/run; it inherits the rest from out."""
+
+    def __init__(self, name, out, images):
+        self.name, self.above, self.out = name, out, out / "run"
+        self.module, flags = TRAININGS[name]
+        self.flags = f"{flags} --steps 5 --batch-size 6 --save-every 2".split()
+        if name == "tokenizer.pt":
+            self.flags.append(f"--data={images}")
+
+    def __call__(self, flags="", out=None):
+        """Run it; return what it saved."""
+        out = out or self.out
+        self.module.main(["--out", str(out), *self.flags, *flags.split()])
+        return torch.load(out / self.name, weights_only=True)
+
+    def error(self, capsys, flags=""):
+        """The line with which it ends, without any change to the files in its folder."""
+        before, argv = contents(self.out), ["--out", self.out, *self.flags]
+        code, line = error_of(capsys, self.module.main, *argv, *flags.split())
+        assert code == 1 and contents(self.out) == before
+        return line
+
+
+@pytest.fixture(params=TRAININGS)
+def training(request, out, images):
+    return Training(request.param, out, images)
+
+
+# -------------------------------------------------------------------- one step and more
+
+
+def loss_of(name, model, tokens, y):
+    if name == "fine.pt":
+        return aux_model.fine_loss(model, tokens, y)[0]
+    return ar_model.next_token_loss(model, tokens, y)
+
+
+def train_by_hand(name, x, y, steps, B, lr, seed):
+    """A training as the docstrings describe it: the model, losses, gradient norms."""
+    torch.manual_seed(seed)
+    model, losses, norms = new_model(name), [], []
+    optimizer = tokenizer.adamw(model)
+    for step in range(steps):
+        rng = np.random.default_rng((seed, step))
+        chosen = rng.integers(len(x), size=B)
+        if name == "tokenizer.pt":
+            real = x[chosen].permute(0, 3, 1, 2) / 127.5 - 1
+            x_hat, z, fine, commitment = model(real)
+            loss = F.mse_loss(x_hat, real) + 0.25 * commitment
+        else:
+            classes = y[chosen]
+            classes[rng.random(B) < 0.1] = 3  # the null class
+            loss = loss_of(name, model, x[chosen], classes)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        for group in optimizer.param_groups:
+            group["lr"] = tokenizer.learning_rate(step, steps, lr)
+        optimizer.step()
+        if name == "tokenizer.pt":
+            model.update_codebook(z.detach(), fine, rng)
+        losses.append(loss.item())
+    return model, losses, norms
+
+
+def test_a_training_equals_one_written_out_by_hand(training, monkeypatch):
+    """The first weights, batches, dropped classes, learning rates and clipping follow
+    from the flags, and the first 1,000 test images are measured."""
+    rng, name = np.random.default_rng(0), training.name
+    sets = {"train": pictures(rng, 12), "test": pictures(rng, 340)}
+    if name == "tokenizer.pt":
+        read = *(tokenizer.Examples(*pair) for pair in sets.values()), list("abc")
+        monkeypatch.setattr(tokenizer, "read_images", lambda *_: read)
+    else:
+        for split, (_, y) in sets.items():
+            sets[split] = torch.from_numpy(rng.integers(K, size=(len(y), 16))), y
+        edit(training.above / "tokens.pt", **sets)
+    saved = training("--steps 54 --lr 0.05 --seed 3 --save-every 999")
+    if name == "tokenizer.pt":  # they have another order there
+        sets = torch.load(training.out / "images.pt", weights_only=True)
+    if name == "coarse.pt":
+        sets = {split: (G[x], y) for split, (x, y) in sets.items()}
+    model, losses, norms = train_by_hand(name, *sets["train"], 54, 6, 0.05, 3)
+    assert min(norms) < 1 < max(norms), "clipping is not seen"
+    assert saved["history"]["loss"] == pytest.approx(losses, rel=1e-4)
+    for key, weights in model.state_dict().items():
+        assert torch.allclose(saved["model"][key], weights, atol=1e-4), key
+    assert saved["config"] == vars(model.config)
+    x, y = (part[:1000] for part in sets["test"])
+    if name == "tokenizer.pt":
+        x_hat = tokenizer.reconstruct(model, tokenizer.tokenize(model, x))
+        scores = {"psnr": tokenizer.psnr(x, x_hat), "perplexity": model.perplexity()}
+    else:
+        nats = loss_of(name, model, x, y).item()
+        scores = {"loss": nats, "bits": nats / math.log(2)}
+    if name == "fine.pt":
+        scores["accuracy"] = aux_model.fine_loss(model, x, y)[1].item()
+    (row,) = saved["history"]["test"]
+    assert row == pytest.approx({"step": 54, "seconds": saved["seconds"]} | scores)
+
+
+def test_no_step_waits_for_single_numbers(training):
+    """A GPU would wait at every item(), float() and if: one tolist() reads all."""
+    counts = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            counts[-1] += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    for steps in (2, 5):
+        counts.append(0)
+        with Count():
+            training(f"--steps {steps} --save-every 9 --overwrite")
+    assert counts[0] == counts[1]
+
+
+def test_compile_compiles(training, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    training("--steps 1")
+    assert not compiled
+    training("--steps 1 --overwrite --compile")
+    assert compiled
+
+
+# ----------------------------------------------------------------- stops, and continues
+
+
+def plain(value):
+    """value without tensors, to be compared with ==."""
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+def test_resume_continues_as_if_nothing_had_happened(training, monkeypatch, capsys):
+    """Step n takes 2^n seconds, and each look at test images a million."""
+    clock, call = [0.0], torch.nn.Module.__call__
+
+    def tick(step, loss):
+        clock[0] += 2**step
+        return loss
+
+    def measure(*args):
+        clock[0] += 0 if torch.is_grad_enabled() else 1e6
+        return call(*args)
+
+    def seconds(run):
+        """Takes the seconds out of run."""
+        rows = run["history"]["test"]
+        return [(r["step"], r.pop("seconds")) for r in rows] + [run.pop("seconds")]
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.nn.Module, "__call__", measure)
+    with monkeypatch.context() as context:
+        on_backward(context, tick)
+        whole = training(out=training.above / "whole")
+    # Every second step and the last are saved. The first step, of 1 second, warms up.
+    assert seconds(whole) == [(2, 2), (4, 14), (5, 30), 30]
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        on_backward(context, lambda step, loss: ctrl_c(3)(step, tick(step, loss)))
+        training()
+    assert "step 2 of 5" in training.error(capsys)
+    # Settings that change no result may differ. The seconds begin with 1 again.
+    free = "--resume --device cpu" + " --keep 1" * (training.name in NOT_TOKENIZER)
+    with monkeypatch.context() as context:
+        on_backward(context, tick)
+        resumed = training(free)
+    assert seconds(resumed) == [(2, 2), (4, 4), (5, 8), 8]
+    assert plain(resumed) == plain(whole)
+    assert training("--resume --save-every 9")["step"] == 5  # nothing is left to do
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(training, monkeypatch, capsys):
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        on_backward(context, ctrl_c(2))
+        training()
+    # The second step from now on is step 3, which would be saved.
+    on_backward(monkeypatch, lambda step, loss: loss * (math.nan if step == 1 else 1))
+    line = training.error(capsys, "--resume")
+    assert "step 3" in line and "--lr" in line
+
+
+def test_a_step_is_saved_before_it_is_printed(training, monkeypatch):
+    """python tokenizer.py | head -n 1: printing fails."""
+    monkeypatch.setattr(tokenizer.tqdm, "write", lambda text: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        training()
+    assert torch.load(training.out / training.name, weights_only=True)["step"] == 2
+
+
+def test_resume_is_refused_with_other_flags_or_data(training, images, capsys):
+    assert "is missing" in training.error(capsys, "--resume")
+    training()
+    other = "seed 8, lr 0.5, batch-size 7, steps 9, "
+    if training.name == "tokenizer.pt":
+        other += (
+            "image-size 24, downsample 4, channels 30, codebook-size 20, code-dim 5"
+        )
+    else:
+        other += "layers 2, dim 36, heads 2"
+    for flag in other.split(", "):
+        line = training.error(capsys, f"--resume --{flag}")
+        name, value = flag.replace("-", "_").split()
+        assert f" {name} " in line and line.endswith(f", not {value}")
+    if training.name == "tokenizer.pt":
+        next(images.rglob("*.png")).unlink()
+        assert " images_id " in training.error(capsys, "--resume")
+    for key in ("cluster_id", "codebook_id")[training.name == "baseline.pt" :]:
+        for file in ("tokens.pt", "clusters.pt"):
+            edit(training.above / file, **{key: "other"})
+        if training.name in NOT_TOKENIZER:
+            assert f" {key} " in training.error(capsys, "--resume")
+
+
+# ------------------------------------------------------------------------- nothing lost
+
+
+@pytest.mark.parametrize("name", NOT_TOKENIZER)
+def test_kept_copies_are_evenly_spaced_and_can_be_sampled(name, trained, images):
+    training = Training(name, trained, images)
+    whole = training("--keep 2 --save-every 9")
+    assert [row["step"] for row in whole["history"]["test"]] == [3, 5]
+    first, last = (training.out / f"kept-0{i}" for i in (1, 2))
+    assert sorted(training.out.glob("kept-*/*")) == [first / name, last / name]
+    early, late = (torch.load(f / name, weights_only=True) for f in (first, last))
+    assert early["step"] == 3 and plain(late) == plain(whole)
+    which = "baseline" if name == "baseline.pt" else "ctf"
+    sample.main(["--num-samples", "3", "--model", which, "--out", str(first)])
+    (file,) = first.glob("samples*.pt")
+    used = torch.load(file, weights_only=True)["weights"].values()
+    assert early["weights_id"] in used and late["weights_id"] not in used
+
+
+def test_a_run_is_never_replaced_unasked(training, images, capsys):
+    training("--save-every 9")
+    path, ways = training.out / training.name, ("--resume", "--overwrite", "--out")
+    for read in [*training.above.glob("*.pt"), *images.rglob("*.png")]:
+        read.unlink()  # it has to end before
+    line = training.error(capsys)
+    assert "step 5 of 5" in line and all(way in line for way in ways)
+    edit(path, step=3)
+    line = training.error(capsys, "--steps 9 --seed 4")
+    assert "step 3 of 5" in line and all(way in line for way in ways)
+    if training.name in NOT_TOKENIZER:  # a run that was renamed still has its copies
+        path.rename(training.out / "good.pt")
+        (training.out / "kept-02").mkdir()
+        (training.out / "kept-02" / training.name).write_text("a copy")
+        line = training.error(capsys)
+        assert "kept-02" in line and all(way in line for way in ways[1:])
+
+
+def test_overwrite_removes_the_run_and_its_copies_alone(training, monkeypatch):
+    name, out = training.name, training.out
+    own = [name, f"kept-07/{name}", f"kept-12/{name}"]
+    stays = [f"kept-best/{name}", f"kept-/{name}", f"x/kept-07/{name}", "good.pt"]
+    for other in {*TRAININGS} - {name}:
+        stays += [other, f"kept-07/{other}"]
+    for path in (*own, *stays):
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        (out / path).write_text(path)
+    before = contents(out)
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        on_backward(context, ctrl_c(1))  # before the first save
+        training("--overwrite")
+    assert contents(out) == before
+    assert len(training("--overwrite")["history"]["test"]) == 3
+    assert not any((out / path).exists() for path in own[1:])
+    assert all((out / path).read_text() == path for path in stays)
