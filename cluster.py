@@ -37,9 +37,9 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
     of x (n, d) to the centroids of their clusters.
 
     It starts from init (k, d), which is not modified, or from k-means++ with seed. A
-    step assigns each row to its nearest centroid, moves a row of another cluster, the
-    one farthest from its centroid, into each empty cluster, and moves every centroid to the mean of its rows. It ends when
-    no assignment changes, or after max_iter steps.
+    step assigns each row to its nearest centroid and moves every centroid to the mean
+    of its rows. An empty cluster first takes the row that is farthest from its
+    centroid. It ends when no assignment changes, or after max_iter steps.
 
     Returns the cluster of each row, int64 (n,); the centroids, float64 (k, d); and a
     list of the inertia after each step, which never rises (up to rounding). Raises

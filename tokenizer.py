@@ -467,7 +467,7 @@ def class_files(folder):
 def visible(folder):
     """What is in folder, sorted, without .DS_Store, .ipynb_checkpoints, __MACOSX ..."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in paths if not path.name.startswith((".", "__MACOSX"))]
+    return [p for p in paths if not p.name.startswith(".") and p.name != "__MACOSX"]
 
 
 def read_image(path):

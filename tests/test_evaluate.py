@@ -498,6 +498,7 @@ def test_what_cannot_be_judged_ends_in_one_line(trained, capsys):
     assert "run python sample.py first" in error()
     draw(trained, 1, model="baseline")
     assert "a set of images has only one" in error()
+    draw(trained, model="baseline")
     draw(trained)
     assert "v has no samples" in error(trained / "v"), "those of v itself"
     files = dict.fromkeys(["tokenizer", "coarse", "fine"], "sample.py again")

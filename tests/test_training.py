@@ -302,6 +302,14 @@ def test_overwrite_removes_the_run_and_its_copies_alone(training, monkeypatch):
         on_backward(context, ctrl_c(1))  # before the first save
         training("--overwrite")
     assert contents(out) == before
+
+    def no_room(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as context, pytest.raises(OSError, match="no space"):
+        context.setattr(torch, "save", no_room)
+        training("--overwrite")
+    assert contents(out) == before, "copies were lost before anything was saved"
     assert len(training("--overwrite")["history"]["test"]) == 3
     assert not any((out / path).exists() for path in own[1:])
     assert all((out / path).read_text() == path for path in stays)

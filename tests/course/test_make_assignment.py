@@ -75,7 +75,7 @@ def half(x):
     return x / 2
 """
 TESTS = """
-import pytest
+import ar_model, pytest
 from cluster import double, half
 @pytest.fixture
 def four():
