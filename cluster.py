@@ -19,7 +19,7 @@ An example with K = 6 and M = 2: code_to_cluster = [0, 1, 1, 0, 1, 0]. The fine 
 has the coarse label 1. Stage 1 (ar_model.py) predicts the coarse label 1. Stage 2
 (aux_model.py) then chooses one of the fine labels 1, 2 and 4, given the coarse labels
 of the whole image. In the example image of tokenizer.py, token 27 has the fine label
-3118 and the coarse label g(3118) = 18, a cluster of 107 codes.
+1780 and the coarse label g(1780) = 38, a cluster of 99 codes.
 """
 
 import numpy as np

@@ -16,9 +16,9 @@ anatomy.png, with --export also the folder export/. On two CPU cores: 110 to 150
 images/s.
 
 A new image from beginning to end: class 0. 64 steps of stage 1 sample 64 coarse labels,
-91, 34, 91, 112, ... (For guidance each step runs with and without the class.) Token 27
-gets 114, a cluster of 43 codes. One step of stage 2 samples a code of each token's
-cluster: 3039, 990, 3786, ... Token 27 gets 1645. The decoder turns the codes (d = 8, h
+69, 113, 53, 68, ... (For guidance each step runs with and without the class.) Token 27
+gets 67, a cluster of 65 codes. One step of stage 2 samples a code of each token's
+cluster: 1393, 2060, 1052, ... Token 27 gets 706. The decoder turns the codes (d = 8, h
 = 8, w = 8) into (3, 32, 32) pixels.
 """
 

@@ -370,6 +370,7 @@ def test_each_row_has_its_own_images_and_classes(trained):
     wanted = {"data": "pets", "num_samples": N, "num_real": 24, "device": "cpu"}
     wanted["images_id"] = "the-images"
     wanted |= {"clusters": "kmeans", "judge_steps": 2, "seed": 5}
+    wanted["images_id"] = "the-images"
     wanted["judge_accuracy"] = (logits.argmax(axis=1) == y.numpy()).mean()
     assert protocol == wanted | {"psnr": pytest.approx(psnr(x, tests[0]), rel=1e-4)}
 
