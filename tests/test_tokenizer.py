@@ -155,7 +155,7 @@ def test_codes_are_found_in_float32_under_autocast(model):
 
 
 def test_perplexity_is_the_exponential_of_the_entropy(model):
-    assert model.perplexity() == pytest.approx(24)  # a new codebook: all alike
+    assert model.perplexity() == pytest.approx(24)  # a new codebook: equal shares
     counts = torch.tensor([0.09] * 3 + [0.11] * 4 + [0.0] * 5 + [1.8] * 11 + [3.49])
     model.moving_count.copy_(7 * counts)
     wanted = math.exp(entropy(counts.double().numpy()))
