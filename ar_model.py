@@ -356,7 +356,7 @@ def parse_with_model(parser, default, argv):
     add("--dim", type=number(int, 1), default=default.dim, help="width")
     add("--heads", type=number(int, 1), default=default.heads, help="attention heads")
     what = "copies to keep along the way, in kept-*/"
-    add("--keep", type=number(int, 0), default=0, help=what)
+    add("--keep", type=number(int, 0, 99), default=0, help=what)
     args = parser.parse_args(argv)
     if args.dim % (4 * args.heads):  # rotary pairs, for the row and for the column
         parser.error(f"--dim must be a multiple of 4 x --heads, {4 * args.heads}")

@@ -7,9 +7,9 @@ and stage 2 alone.
     python evaluate.py                      # judges samples.pt and samples-baseline.pt
     python evaluate.py --out out/cfg3       # those in the sub-folder
 
-Reads what the other scripts wrote; writes metrics.json and metrics.png, and
-classifier.pt (the judge, trained once) beside images.pt. Prints a Markdown table. On
-two CPU cores: a minute, FD 0.66.
+Reads what the other scripts wrote; writes metrics.json, and classifier.pt (the judge,
+trained once) beside images.pt. Prints a Markdown table. On two CPU cores: a minute, FD
+0.66.
 
 The example image of tokenizer.py: the judge turns (3, 32, 32) pixels into 128 features
 and 10 logits. The logit of class 0 is the largest, so the image counts as accurate.
@@ -31,12 +31,12 @@ from tqdm import tqdm
 
 # isort: off
 from tokenizer import WRITTEN_BY, autocast, learning_rate, load, load_tokenizer
-from tokenizer import picture, psnr, reconstruct, restore, save, to_float
+from tokenizer import psnr, reconstruct, restore, save, to_float
 from tokenizer import command_line, fail, number, pick_device, run
 from cluster import random_clusters, swapped_images
 from ar_model import Sampling, mean_loss
 from aux_model import mean_fine_loss, predict_fine
-from sample import FILES, load_models, name_of, weights_of
+from sample import FILES, choose_classes, load_models, name_of, weights_of
 
 # ------------------------------ The metrics: pure functions of numpy arrays, in float64
 
@@ -294,16 +294,6 @@ def describe(samples, models, artifacts):
     } | {key: samples[key] for key in copied}
 
 
-def warn_of_shares(name, y, test_y):
-    """Print a warning if the classes y (N,) of samples have other shares than those of
-    the test images, test_y (N',)."""
-    C = int(max(y.max(), test_y.max())) + 1
-    share, test_share = (c.bincount(minlength=C) / len(c) for c in (y, test_y))
-    if (share - test_share).abs().sum() / 2 > 0.1:  # more than a tenth of the images
-        print(f"warning: the classes of {name} have other shares than those of the")
-        print("test images: that alone raises the distance")
-
-
 def main(argv=None):
     parser = command_line(__doc__)
     what = "training steps of the judge"
@@ -317,6 +307,10 @@ def main(argv=None):
     clusters = load(args.out, "clusters.pt", **ids)
     images = load(args.out, "images.pt", images_id=artifact["images_id"])
     train_set, test_set = images["train"], images["test"]
+    for samples, *_ in sets:  # other classes than those of the test images: no match
+        usual = choose_classes(None, len(samples["classes"]), test_set.y, None)
+        if not torch.equal(samples["classes"], usual):
+            fail(f"{name_of(samples)}: run python sample.py again without --classes")
     # The Fréchet distance depends on N: so every row has the same N.
     sizes = [len(samples["images"]) for samples, *_ in sets]
     N = min(len(train_set.x), len(test_set.x), *sizes)
@@ -346,7 +340,6 @@ def main(argv=None):
         facts = describe(samples, models, artifacts)
         bits = bits_per_token(models, fine, y)
         facts |= {"bits_per_token": sum(bits), "bits_per_stage": bits}
-        warn_of_shares(facts["name"], samples["classes"], test_set.y)
         to_score[facts["name"]] = (samples["images"], samples["classes"], facts)
     rows = [
         {"name": name} | score(x[:N], y[:N], judge, real, device) | facts
@@ -375,11 +368,10 @@ def main(argv=None):
     text = json.dumps({"protocol": protocol, "rows": rows}, indent=1)
     temporary.write_text(text + "\n", "utf-8")
     os.replace(temporary, path)
-    plot_metrics(args.out / "metrics.png", rows, caption(protocol))
-    print(f"wrote metrics.json and metrics.png to {args.out}")
+    print(f"wrote metrics.json to {args.out}")
 
 
-# ------------------------------------------------------------ The table and the picture
+# --------------------------------------------------------------------------- The table
 
 
 def caption(protocol):
@@ -407,35 +399,6 @@ def markdown_table(rows):
             cells += [""] * 5
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def color_of(name):
-    """The colour of a set of images, by the beginning of its name."""
-    colors = {"CTF": "tab:orange", "baseline": "tab:blue", "stage 2": "tab:olive"}
-    colors |= {"swapped within k-means": "tab:green", "swapped within r": "tab:red"}
-    found = [color for start, color in colors.items() if name.startswith(start)]
-    return found[0] if found else "tab:grey"
-
-
-def plot_metrics(path, rows, title):
-    """metrics.png: the distance and the class accuracy of each set of images."""
-    names = [row["name"] for row in rows]
-    colors = [color_of(name) for name in names]
-    with picture(path, 12, 4.2) as figure:
-        figure.suptitle(title)
-        distance, accuracy = figure.subplots(1, 2)
-        bars = distance.barh(names, [row["fd"] for row in rows], color=colors, log=True)
-        distance.bar_label(bars, fmt="{:.2f}", padding=3)
-        distance.xaxis.set_major_formatter("{x:g}")
-        distance.set_xlabel("Fréchet distance (log scale): lower is better")
-        percent = [100 * row["class_accuracy"] for row in rows]
-        bars = accuracy.barh(names, percent, color=colors)
-        accuracy.bar_label(bars, fmt="{:.1f}", padding=3)
-        accuracy.set_xlabel("class accuracy, %: higher is better")
-        accuracy.set(yticklabels=[], xlim=(0, 119), xticks=range(0, 101, 20))
-        for ax in (distance, accuracy):
-            ax.invert_yaxis()
-            ax.margins(x=0.2)
 
 
 if __name__ == "__main__":

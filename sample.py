@@ -9,11 +9,10 @@ over the fine labels themselves.
     python sample.py --num-samples 50000 --export    # files for other FID programs
 
 Reads tokenizer.pt and tokens.pt; clusters.pt, coarse.pt and fine.pt, or for the
-baseline baseline.pt; images.pt for --anatomy and --export. Writes
-samples.pt (images uint8 (N, H, W, 3), classes (N,), coarse and fine labels (N, T)) and
-samples.png; for the baseline samples-baseline.pt and .png. With --anatomy also
-anatomy.png, with --export also the folder export/. On two CPU cores: 110 to 150
-images/s.
+baseline baseline.pt; images.pt for --export. Writes samples.pt (images uint8
+(N, H, W, 3), classes (N,), coarse and fine labels (N, T)) and samples.png; for the
+baseline samples-baseline.pt and .png; with --export also the folder export/. On two CPU
+cores: 110 to 150 images/s.
 
 A new image from beginning to end: class 0. 64 steps of stage 1 sample 64 coarse labels,
 69, 113, 53, 68, ... (For guidance each step runs with and without the class.) Token 27
@@ -22,22 +21,19 @@ cluster: 1393, 2060, 1052, ... Token 27 gets 706. The decoder turns the codes (d
 = 8, w = 8) into (3, 32, 32) pixels.
 """
 
-import math
 import shutil
 import time
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 # isort: off
-from tokenizer import VQVAE, autocast, load, load_tokenizer, picture, plot_rows
-from tokenizer import restore, save, to_uint8
+from tokenizer import VQVAE, autocast, load, load_tokenizer, plot_rows, restore, save
+from tokenizer import to_uint8
 from tokenizer import command_line, fail, number, pick_device, run
-from cluster import random_clusters, swapped_images
 from ar_model import ARConfig, ARModel, Sampling, generate
 from aux_model import AuxConfig, AuxModel, predict_fine
 
@@ -163,7 +159,6 @@ def parse_args(argv):
     add("--batch-size", type=number(int, 1), default=100, help="images per batch")
     add("--classes", nargs="+", help="names or numbers (default: as in the test set)")
     add("--export", action="store_true", help="also write .npz and PNG files")
-    add("--anatomy", action="store_true", help="also write anatomy.png")
     for prefix, usual in (("", STAGE1), ("fine-", STAGE2)):
         title = "stage 2" if prefix else "stage 1, or the baseline"
         add = parser.add_argument_group(title).add_argument
@@ -180,8 +175,6 @@ def parse_args(argv):
             parser.error("a temperature changes nothing if top-k is 1, the argmax")
     if args.model == "baseline" and stage2 != STAGE2:
         parser.error("the baseline has no stage 2: drop the --fine flags")
-    if args.model == "baseline" and args.anatomy:
-        parser.error("--anatomy shows both stages, and the baseline has only one")
     return args, stage1, stage2
 
 
@@ -191,11 +184,10 @@ def main(argv=None):
     models, artifacts = load_models(args.out, args.model, device)
     ids = {name: artifacts["vqvae"][name] for name in ("codebook_id", "images_id")}
     tokens = load(args.out, "tokens.pt", **ids)
-    test_fine, test_y = tokens["test"]
-    if args.export or args.anatomy:
-        real = load(args.out, "images.pt", images_id=ids["images_id"])["test"]
     class_names = tokens["class_names"]
-    y = choose_classes(args.classes, args.num_samples, test_y, class_names)
+    y = choose_classes(args.classes, args.num_samples, tokens["test"].y, class_names)
+    if args.export:
+        real = load(args.out, "images.pt", images_id=ids["images_id"])["test"]
     images, coarse, fine, speed = sample_batches(
         models, y, args.seed, stage1, stage2, args.batch_size
     )
@@ -222,15 +214,6 @@ def main(argv=None):
     shown = y.unique()[:10].tolist()
     rows = {f"class {class_names[c]}": images[y == c][:10] for c in shown}
     plot_rows(path.with_suffix(".png"), title, rows)
-    if args.anatomy:
-        i = (test_y == y[0]).nonzero()[0, 0]  # a test image of the same class
-        pairs = {
-            "a real image": (real.x[i], test_fine[i : i + 1]),
-            "a sample": (images[0], fine[:1]),
-        }
-        title = f"class {class_names[y[0]]}"
-        rng = np.random.default_rng(args.seed)
-        plot_anatomy(args.out / "anatomy.png", title, models, pairs, y[:1], rng)
 
 
 def choose_classes(wanted, count, test_classes, class_names):
@@ -259,72 +242,6 @@ def export(folder, images):
     np.savez(f"{folder}.npz", arr_0=images.numpy())
     for i, image in enumerate(tqdm(images.numpy(), f"write {folder}")):
         Image.fromarray(image).save(folder / f"{i:06d}.png")
-
-
-# ----------------------------------------------------------------------------- Pictures
-
-
-def entropy(logits):
-    """The entropy in bits (...,) of softmax(logits) (..., V)."""
-    return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1) / math.log(2)
-
-
-def code_colors(codebook):
-    """A colour for each code of (K, d): (K, rgb), 0..1. Similar codes look alike: red,
-    green and blue are the ranks along the first three principal components."""
-    centred = codebook - codebook.mean(dim=0)
-    components = torch.linalg.svd(centred, full_matrices=False).Vh[:3]  # (3, d)
-    ranks = (centred @ components.T).argsort(dim=0).argsort(dim=0)  # (K, 3)
-    return F.pad(ranks / len(codebook), (0, 3 - ranks.shape[1]))  # if d is 2
-
-
-@torch.no_grad()
-def anatomy(models, image, fine, y, rng):
-    """One image, step by step: {title: picture}.
-
-    image uint8 (H, W, 3), its fine labels (1, T) and class y (1,). The pictures are
-    images (H, W, rgb), colours of tokens (h, w, rgb) and entropies in bits (h, w).
-    """
-    vqvae, aux, grid = models.vqvae, models.aux, models.vqvae.grid
-    g = aux.code_to_cluster
-    coarse = g[fine]  # (1, T)
-    color = code_colors(vqvae.codebook)  # (K, rgb)
-    cluster_color = torch.stack(
-        [color[g == m].mean(0) for m in range(len(aux.members))]
-    )
-    pictures = {
-        "pixels": image,
-        "fine labels": color[fine[0]].view(*grid, 3),
-        "coarse labels": cluster_color[coarse[0]].view(*grid, 3),
-    }
-    own = g.cpu().numpy()
-    for name, clusters in (("k-means", own), ("random", random_clusters(own, rng))):
-        swapped = swapped_images(vqvae, fine, clusters, rng)
-        pictures[f"swapped within\n{name} clusters"] = swapped[0]
-    logits = models.ar(coarse[:, :-1], y), aux(coarse, y)
-    for stage, stage_logits in enumerate(logits, start=1):
-        bits = entropy(stage_logits[0])  # (T,)
-        name = f"entropy of stage {stage}\nmean {bits.mean():.1f} bits"
-        pictures[name] = bits.view(grid)
-    return {name: panel.cpu().numpy() for name, panel in pictures.items()}
-
-
-def plot_anatomy(path, title, models, pairs, y, rng):
-    """anatomy.png: a row of panels for each of pairs, {name: (image, fine labels)}; y
-    (1,) is their class."""
-    members = models.aux.members
-    most_bits = math.log2(max(members.shape))  # of a choice among M clusters or S codes
-    with picture(path, 13, 4.5) as figure:
-        figure.suptitle(f"{title}: {' and '.join(pairs)}")
-        for axes, (name, (image, fine)) in zip(figure.subplots(2, 7), pairs.items()):
-            fine, y = fine.to(members.device), y.to(members.device)
-            pictures = anatomy(models, image, fine, y, rng)
-            for ax, (panel_title, shown) in zip(axes, pictures.items()):
-                ax.set(xticks=[], yticks=[], frame_on=False, title=panel_title)
-                panel = ax.imshow(shown, vmin=0, vmax=most_bits)  # (of entropies)
-            axes[0].set_title(name)
-            # The last panel is an entropy. All entropies have the same scale.
-            figure.colorbar(panel, ax=axes, label="entropy, bits")
 
 
 if __name__ == "__main__":

@@ -46,10 +46,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-if "IPython" not in sys.modules:
-    # `!python` in a notebook passes the notebook's drawing backend on to this process.
-    # matplotlib would not import without the package of that backend.
-    os.environ.pop("MPLBACKEND", None)
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -599,9 +595,9 @@ def update(model, optimizer, loss, step, args):
 
 def record(checkpoint, loss, norm, began, bar, args):
     """Add a step to checkpoint: its number, loss and seconds (without measuring and
-    saving). Returns whether it is
-    time to measure and save: every --save-every steps, at the end, and when a copy of
-    --keep is due. Ends the script if norm, the gradient norm, is not finite."""
+    saving). Returns whether it is time to measure and save: every --save-every steps,
+    at the end, and when a copy of --keep is due. Ends the script if norm, the gradient
+    norm, is not finite."""
     # The only line of a step that waits for a GPU.
     loss, norm = torch.stack([loss.detach(), norm]).tolist()
     if not math.isfinite(norm):  # the weights are spoiled, but not yet saved
@@ -625,8 +621,7 @@ def copy_due(step, args):
 
 def copies(path):
     """The files that --keep wrote for the run in path: kept-01/NAME, kept-02/NAME."""
-    found = sorted(path.parent.glob(f"kept-*/{path.name}"))
-    return [copy for copy in found if copy.parent.name[len("kept-") :].isdecimal()]
+    return sorted(path.parent.glob(f"kept-[0-9][0-9]/{path.name}"))
 
 
 def earlier_run(path, args):

@@ -7,7 +7,6 @@ import pytest
 import test_sample
 import torch
 from conftest import NAMES, G, K, T, edit, error_of, noisy
-from matplotlib.colors import to_rgba
 from scipy.linalg import sqrtm
 from test_sample import CPU, pixels, predict_fine, read
 from torch import nn
@@ -377,8 +376,8 @@ def test_each_row_has_its_own_images_and_classes(trained):
 
 @pytest.fixture
 def evaluated(trained, monkeypatch, capsys):
-    """The folder, the protocol, {name: row}, what was printed, and metrics.png. The
-    scores are a stand-in's, no value twice. The judge has only 16 features."""
+    """The folder, the protocol, {name: row} and what was printed. The scores are a
+    stand-in's, no value twice. The judge has only 16 features."""
     draw(trained, 16, "--temperature=0.5", "--seed=6")
     draw(trained, 16, "--top-k=7", "--seed=4", model="baseline")
     edit(trained / "samples.pt", images_per_second=123.4)
@@ -393,16 +392,14 @@ def evaluated(trained, monkeypatch, capsys):
     few = lambda *arguments: (look(*arguments)[0][:, :16], look(*arguments)[1])
     monkeypatch.setattr(evaluate, "look", few)
     monkeypatch.setattr(evaluate, "score", score)
-    figures = test_sample.saved_figures(monkeypatch)
-    found = trained, *run(trained), capsys.readouterr().out
-    return *found, figures[trained / "metrics.png"]
+    return trained, *run(trained), capsys.readouterr().out
 
 
 TITLE = "16 images per row against 24 test images of pets"
 
 
 def test_every_cell_of_the_table_is_that_of_metrics_json(evaluated):
-    out, protocol, rows, printed, _ = evaluated
+    out, protocol, rows, printed = evaluated
     ctf = f"{CTF}, temperature 0.5", ["coarse", "fine"], ["ctf", 6, 123.4, [7, 11], 5.5]
     other = f"{BASELINE}, top_k 7", ["baseline"], ["baseline", 4, 56.7, [9], 2.5]
     for name, files, facts in (ctf, other):
@@ -434,24 +431,6 @@ def test_every_cell_of_the_table_is_that_of_metrics_json(evaluated):
     assert "singular" not in printed, "16 images, 16 features"
 
 
-def test_the_picture_shows_metrics_json(evaluated):
-    *_, rows, _, figure = evaluated
-    colors = ["grey", "grey", "green", "red", "olive", "orange", "blue"]
-    distance, accuracy = figure.axes
-    fd = distance, "log", 1, "fd", "{:.2f}", "distance (log scale): lower is better"
-    other = accuracy, "linear", 100, "class_accuracy", "{:.1f}", "%: higher is better"
-    for ax, scale, factor, key, text, label in (fd, other):
-        values = [factor * row[key] for row in rows.values()]
-        assert [bar.get_width() for bar in ax.patches] == pytest.approx(values)
-        wanted = [to_rgba(f"tab:{color}") for color in colors]
-        assert [bar.get_facecolor() for bar in ax.patches] == wanted
-        assert [t.get_text() for t in ax.texts] == [text.format(v) for v in values]
-        assert label in ax.get_xlabel() and ax.get_xscale() == scale
-        assert ax.yaxis_inverted(), "the first row at the top"
-    assert [t.get_text() for t in distance.get_yticklabels()] == list(rows)
-    assert figure.get_suptitle() == TITLE
-
-
 def test_a_failing_write_loses_nothing(evaluated, monkeypatch, capsys):
     def no_room(source, target):
         raise OSError("no room")
@@ -481,16 +460,6 @@ def test_every_row_has_the_size_of_the_smallest_set(trained, capsys):
             assert "| real training images | 0.00 |" in printed, "the same images"
 
 
-def test_other_shares_of_the_classes_are_warned_of(capsys):
-    test_y = torch.arange(100) // 50
-    for moved, new in ((9, 0), (11, 0), (9, 2), (11, 2)):  # of 100 images
-        y = test_y.clone()
-        y[-moved:] = new
-        evaluate.warn_of_shares("these samples", y, test_y)
-        text = "the classes of these samples have other shares"
-        assert (text in capsys.readouterr().out) == (moved == 11)
-
-
 def test_what_cannot_be_judged_ends_in_one_line(trained, capsys):
     def error(out=trained):
         code, message = error_of(capsys, evaluate.main, "--out", out)
@@ -500,6 +469,8 @@ def test_what_cannot_be_judged_ends_in_one_line(trained, capsys):
     assert "run python sample.py first" in error()
     draw(trained, 1, model="baseline")
     assert "a set of images has only one" in error()
+    draw(trained, 16, "--classes=2")
+    assert "again without --classes" in error(), "their distance would be too high"
     draw(trained, model="baseline")
     draw(trained)
     assert "v has no samples" in error(trained / "v"), "those of v itself"

@@ -26,11 +26,11 @@ def test_from_images_to_metrics(tmp_path, images):
     run(tmp_path, "cluster.py", "--clusters", "4")
     run(tmp_path, "ar_model.py", *few, *SIZES)
     run(tmp_path, "aux_model.py", *few, *SIZES)
-    run(tmp_path, "sample.py", "--num-samples", "12", "--export", "--anatomy")
+    run(tmp_path, "sample.py", "--num-samples", "12", "--export")
     assert "| CTF" in run(tmp_path, "evaluate.py", "--judge-steps", "3")
     out = tmp_path / "out"
     stems = ["tokenizer", "clusters", "coarse", "fine", "samples"]
-    pictures = {f"{stem}.png" for stem in (*stems, "metrics", "anatomy")}
+    pictures = {f"{stem}.png" for stem in stems}
     artifacts = {f"{stem}.pt" for stem in (*stems, "images", "tokens", "classifier")}
     written = {path.name for path in out.iterdir()}  # no temporary file among them
     assert written == pictures | artifacts | {"metrics.json", "export"}

@@ -1,14 +1,12 @@
-import math
 from dataclasses import asdict
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, G, K, M, T, edit, error_of
+from conftest import NAMES, K, M, T, edit, error_of
 from matplotlib.figure import Figure
 from PIL import Image
-from scipy.special import softmax, xlogy
 
 import aux_model
 import cluster
@@ -250,7 +248,7 @@ def test_settings_without_a_meaning_are_refused(capsys):
     commands += ["--num-samples=0", "--batch-size=0"]
     # The argmax does not depend on the temperature.
     commands += ["--top-k=1 --temperature=0.5", "--fine-top-k=1 --fine-temperature=2"]
-    of_stage2 = f"{FINE_FLAGS} --anatomy".split()
+    of_stage2 = FINE_FLAGS.split()
     for command in commands + [f"--model=baseline {flag}" for flag in of_stage2]:
         code, message = error_of(capsys, parse_args, *command.split())
         name = command.split("=")[0].removeprefix("--").removeprefix("fine-")
@@ -294,66 +292,3 @@ def test_rows_of_the_picture_are_of_their_class(trained, monkeypatch):
     of_class = lambda y: samples["images"][samples["classes"] == y][:10].tolist()
     assert rows == {"class bee": of_class(1), "class cat": of_class(2)}
     assert figures[trained / "samples.png"].get_suptitle().endswith("2, seed 0")
-
-
-def test_colours_are_ranks_along_the_principal_components():
-    u = np.random.default_rng(0).normal(size=(9, 4))
-    u = np.linalg.qr(u - u.mean(axis=0))[0]  # uncorrelated, mean 0
-    ranks = u.argsort(axis=0).argsort(axis=0)
-    for d in (4, 2):  # with two dimensions there is no blue
-        axes = np.linalg.qr(np.eye(d) + 0.3)[0]
-        codes = torch.from_numpy(5 + u[:, :d] * [4, 3, 2, 1][:d] @ axes)
-        colors = (9 * sample.code_colors(codes)).round().numpy()
-        for i in range(3):
-            wanted = [ranks[:, i], 8 - ranks[:, i]] if i < d else [np.zeros(9)]
-            assert any((colors[:, i] == one).all() for one in wanted)
-
-
-def test_anatomy_shows_a_real_image_and_a_sample_step_by_step(trained, monkeypatch):
-    own, vqvae = G.numpy(), load_models(trained, "ctf", CPU)[0].vqvae
-    # Stand-ins for both Transformers: logits that depend on the labels and y.
-    first, second = torch.randn(M, M), 3 * torch.randn(M, 10)
-    second[torch.from_numpy(invert(own)[0]) < 0] = -1e30
-
-    def with_known_logits(*args):
-        models, artifacts = load_models(*args)
-        one, two = (table.clone().requires_grad_() for table in (first, second))
-        models.ar.forward = lambda c, y: one[torch.cat([y[:, None], c], dim=1)]
-        models.aux.forward = lambda c, y: two[c] * (1 + y)
-        return models, artifacts
-
-    monkeypatch.setattr(sample, "load_models", with_known_logits)
-    figures = saved_figures(monkeypatch)
-    samples = run(trained, "--anatomy", "--classes", "2", "1", "--seed=4")
-    title = "CTF, sampled fine labels, guidance 2, seed 4"
-    assert figures[trained / "samples.png"].get_suptitle() == title
-    figure = figures[trained / "anatomy.png"]
-    assert figure.get_suptitle() == "class cat: a real image and a sample"
-    panels = [(ax, ax.images[0].get_array()) for ax in figure.axes if ax.images]
-    x, y = read(trained / "images.pt")["test"]
-    (i,) = (j for j in range(len(x)) if (x[j].numpy() == panels[0][1]).all())
-    assert y[i] == 2, "an image of another class"
-    rows = [("a real image", x[i], read(trained / "tokens.pt")["test"][0][i])]
-    rows += [("a sample", samples["images"][0], samples["fine"][0])]
-    color, found = sample.code_colors(vqvae.codebook), iter(panels)
-    means = torch.stack([color[G == m].mean(dim=0) for m in range(M)])
-    rng = np.random.default_rng(4)
-    for name, image, fine in rows:
-        coarse, wanted = G[fine], {name: image}
-        wanted["fine labels"] = color[fine].view(4, 4, 3)
-        wanted["coarse labels"] = means[coarse].view(4, 4, 3)
-        for kind, g in (("k-means", own), ("random", rng.permutation(own))):
-            lowest = swap_within_clusters(fine, g, None)
-            wanted[f"swapped within\n{kind} clusters"] = pixels(vqvae, lowest)[0]
-        stages = first[torch.cat([y[i : i + 1], coarse[:-1]])], second[coarse] * 3
-        for stage, logits in enumerate(stages, start=1):
-            p = softmax(logits.double().numpy(), axis=1)
-            bits = -xlogy(p, p).sum(axis=1).reshape(4, 4) / math.log(2)
-            wanted[f"entropy of stage {stage}\nmean {bits.mean():.1f} bits"] = bits
-        for (title, panel), (ax, shown) in zip(wanted.items(), found):
-            assert ax.get_title() == title
-            np.testing.assert_allclose(shown, panel, 1e-4, 1e-5, err_msg=title)
-            if panel.ndim == 2:  # one scale: a cluster has up to 10 codes
-                assert ax.images[0].get_clim() == pytest.approx((0, math.log2(10)))
-    assert not list(found)
-    assert [ax.get_ylabel() for ax in figure.axes].count("entropy, bits") == 2

@@ -8,8 +8,9 @@
     results.py coarse out                      # bits per coarse label
     results.py refine out                      # the baseline's samples + stage 2
     results.py convergence out/seed1/kept-*    # figure 2
+    results.py anatomy out                     # a real image and a sample, step by step
 
-Each prints a Markdown table. For mean, compare, rows and convergence a path is a folder
+Each but the last prints a Markdown table. For mean, compare, rows and convergence a path is a folder
 with a metrics.json, or a copy of that file. reproduce.sh makes all tables with it.
 """
 
@@ -24,15 +25,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.stats import permutation_test, ttest_ind
 
 # isort: off
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tokenizer import fail, find, load, picture, restore
+from cluster import random_clusters, swapped_images
 from ar_model import Sampling, mean_loss
 from sample import load_models, name_of
-from evaluate import Classifier, caption, color_of, look, sample_sets, score
-from evaluate import stage2_alone
+from evaluate import Classifier, caption, look, sample_sets, score, stage2_alone
 
 CPU = torch.device("cpu")
 SCORES = ["fd", "inception_score", "class_accuracy", "precision", "recall"]
@@ -132,6 +134,14 @@ def rows(paths):
                     [name, row["name"], *score_cells([row]), *cost_cells([row])]
                 )
     return table(["run", "images", *HEAD, *COSTS], body)
+
+
+def color_of(name):
+    """The colour of a set of images, by the beginning of its name."""
+    colors = {"CTF": "tab:orange", "baseline": "tab:blue", "stage 2": "tab:olive"}
+    colors |= {"swapped within k-means": "tab:green", "swapped within r": "tab:red"}
+    found = [color for start, color in colors.items() if name.startswith(start)]
+    return found[0] if found else "tab:grey"
 
 
 def convergence(paths):
@@ -271,6 +281,82 @@ def refine(folders):
     return table(["folder", "images", *HEAD], body)
 
 
+# ------------------------------------------------------------- One image, step by step
+
+
+@torch.no_grad()
+def anatomy(folders):
+    """anatomy.png in each folder: a row of panels for the first image of samples.pt,
+    and for a test image of its class."""
+    files = []
+    for folder in folders:
+        samples, models, made = sample_sets(folder, CPU)[0]
+        if samples["model"] != "ctf":
+            fail(f"{folder} has no samples.pt")
+        ids = {key: made["vqvae"][key] for key in ("images_id", "codebook_id")}
+        images, tokens = load(folder, "images.pt"), load(folder, "tokens.pt", **ids)
+        y = samples["classes"][:1]
+        i = (tokens["test"].y == y).nonzero()[0, 0]
+        rows = {"a real image": (images["test"].x[i], tokens["test"].x[i : i + 1])}
+        rows["a sample"] = (samples["images"][0], samples["fine"][:1])
+        most_bits = math.log2(max(models.aux.members.shape))  # of M clusters or S codes
+        files.append(folder / "anatomy.png")
+        with picture(files[-1], 13, 4.5) as figure:
+            name = tokens["class_names"][y]
+            figure.suptitle(f"class {name}: {' and '.join(rows)}")
+            for axes, (name, row) in zip(figure.subplots(2, 7), rows.items()):
+                shown = panels(models, *row, y, np.random.default_rng(0))
+                for ax, (title, panel) in zip(axes, shown.items()):
+                    ax.set(xticks=[], yticks=[], frame_on=False, title=title)
+                    last = ax.imshow(panel, vmin=0, vmax=most_bits)  # (of entropies)
+                axes[0].set_title(name)
+                # The last panel is an entropy. All entropies have the same scale.
+                figure.colorbar(last, ax=axes, label="entropy, bits")
+    return "\n".join(map(str, files))
+
+
+def panels(models, image, fine, y, rng):
+    """What anatomy.png shows of one image: {title: picture}.
+
+    image uint8 (H, W, 3), its fine labels (1, T) and class y (1,). The pictures are
+    images (H, W, rgb), colours of tokens (h, w, rgb) and entropies in bits (h, w).
+    """
+    vqvae, aux, grid = models.vqvae, models.aux, models.vqvae.grid
+    g = aux.code_to_cluster
+    coarse = g[fine]  # (1, T)
+    color = code_colors(vqvae.codebook)  # (K, rgb)
+    means = torch.stack([color[g == m].mean(dim=0) for m in range(len(aux.members))])
+    shown = {
+        "pixels": image,
+        "fine labels": color[fine[0]].view(*grid, 3),
+        "coarse labels": means[coarse[0]].view(*grid, 3),
+    }
+    own = g.numpy()
+    for name, clusters in (("k-means", own), ("random", random_clusters(own, rng))):
+        swapped = swapped_images(vqvae, fine, clusters, rng)
+        shown[f"swapped within\n{name} clusters"] = swapped[0]
+    logits = models.ar(coarse[:, :-1], y), aux(coarse, y)
+    for stage, stage_logits in enumerate(logits, start=1):
+        bits = entropy(stage_logits[0])  # (T,)
+        name = f"entropy of stage {stage}\nmean {bits.mean():.1f} bits"
+        shown[name] = bits.view(grid)
+    return {name: panel.numpy() for name, panel in shown.items()}
+
+
+def entropy(logits):
+    """The entropy in bits (...,) of softmax(logits) (..., V)."""
+    return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1) / math.log(2)
+
+
+def code_colors(codebook):
+    """A colour for each code of (K, d): (K, rgb), 0..1. Similar codes look alike: red,
+    green and blue are the ranks along the first three principal components."""
+    centred = codebook - codebook.mean(dim=0)
+    components = torch.linalg.svd(centred, full_matrices=False).Vh[:3]  # (3, d)
+    ranks = (centred @ components.T).argsort(dim=0).argsort(dim=0)  # (K, 3)
+    return F.pad(ranks / len(codebook), (0, 3 - ranks.shape[1]))  # if d is 2
+
+
 # ----------------------------------------------------------------------------- As text
 
 
@@ -302,7 +388,7 @@ def cost_cells(own):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    commands = [loss, best, mean, compare, rows, coarse, refine, convergence]
+    commands = [loss, best, mean, compare, rows, coarse, refine, convergence, anatomy]
     commands = {command.__name__: command for command in commands}
     parser.add_argument("what", choices=commands)
     parser.add_argument("paths", type=Path, nargs="+", help="runs (loss: .pt files)")

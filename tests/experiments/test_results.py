@@ -8,6 +8,7 @@ import benchmark
 import numpy as np
 import pytest
 import results
+import scipy.special
 import scipy.stats
 import torch
 from conftest import CLASSES, G, K, M, error_of
@@ -16,6 +17,7 @@ import evaluate
 import tokenizer
 from ar_model import Sampling
 from aux_model import predict_fine
+from cluster import swap_within_clusters
 from sample import load_models, sample_batches
 
 
@@ -285,6 +287,71 @@ def test_convergence_over_steps_and_over_seconds(tmp_path, monkeypatch):
             assert line.get_xydata().tolist() == [list(pair) for pair in zip(xs, ys)]
             assert line.get_color() == ["tab:orange", "tab:blue"][j]
     assert len(figure.axes) == 4
+
+
+def test_colours_are_ranks_along_the_principal_components():
+    u = np.random.default_rng(0).normal(size=(9, 4))
+    u = np.linalg.qr(u - u.mean(axis=0))[0]  # uncorrelated, mean 0
+    ranks = u.argsort(axis=0).argsort(axis=0)
+    for d in (4, 2):  # with two dimensions there is no blue
+        axes = np.linalg.qr(np.eye(d) + 0.3)[0]
+        codes = torch.from_numpy(5 + u[:, :d] * [4, 3, 2, 1][:d] @ axes)
+        colors = (9 * results.code_colors(codes)).round().numpy()
+        for i in range(3):
+            wanted = [ranks[:, i], 8 - ranks[:, i]] if i < d else [np.zeros(9)]
+            assert any((colors[:, i] == one).all() for one in wanted)
+
+
+def test_anatomy_shows_a_real_image_and_a_sample_step_by_step(trained, monkeypatch):
+    own, (models, made) = G.numpy(), load_models(trained, "ctf", results.CPU)
+    # Stand-ins for both Transformers: logits that depend on the labels and y.
+    first, second = torch.randn(M, M), 3 * torch.randn(M, 10)
+    second[models.aux.members < 0] = -1e30
+    models.ar.forward = lambda c, y: first[torch.cat([y[:, None], c], dim=1)]
+    models.aux.forward = lambda c, y: second[c] * (1 + y)
+    x, y = torch.load(trained / "images.pt", weights_only=True)["test"]
+    fine = torch.load(trained / "tokens.pt", weights_only=True)["test"][0]
+    samples = {"model": "ctf", "classes": torch.tensor([2, 1]), "images": x[:2] // 2}
+    samples["fine"] = fine[5:7]
+    given = [(samples, models, made)]
+    monkeypatch.setattr(results, "sample_sets", lambda *_: given)
+    drawn = []
+    save = lambda self, path, **how: drawn.append((self, path))
+    monkeypatch.setattr(tokenizer.Figure, "savefig", save)
+    path = trained / "anatomy.png"
+    assert results.anatomy([trained]) == str(path) and drawn[0][1] == path
+    figure = drawn[0][0]
+    assert figure.get_suptitle() == "class cat: a real image and a sample"
+    panels = [(ax, ax.images[0].get_array()) for ax in figure.axes if ax.images]
+    (i,) = (j for j in range(len(x)) if (x[j].numpy() == panels[0][1]).all())
+    assert y[i] == 2, "an image of another class"
+    rows = [("a real image", x[i], fine[i]), ("a sample", x[0] // 2, fine[5])]
+    color, found = results.code_colors(models.vqvae.codebook), iter(panels)
+    means = torch.stack([color[G == m].mean(dim=0) for m in range(M)])
+    for name, image, q in rows:
+        rng, coarse, wanted = np.random.default_rng(0), G[q], {name: image}
+        wanted["fine labels"] = color[q].view(4, 4, 3)
+        wanted["coarse labels"] = means[coarse].view(4, 4, 3)
+        maps = {"k-means": own, "random": rng.permutation(own)}
+        for kind, g in maps.items():
+            swapped = swap_within_clusters(q[None].numpy(), g, rng)
+            image = tokenizer.reconstruct(models.vqvae, torch.from_numpy(swapped))
+            wanted[f"swapped within\n{kind} clusters"] = image[0]
+        stages = first[torch.cat([y[i : i + 1], coarse[:-1]])], second[coarse] * 3
+        for stage, logits in enumerate(stages, start=1):
+            p = scipy.special.softmax(logits.double().numpy(), axis=1)
+            bits = -scipy.special.xlogy(p, p).sum(axis=1).reshape(4, 4) / math.log(2)
+            wanted[f"entropy of stage {stage}\nmean {bits.mean():.1f} bits"] = bits
+        for (title, panel), (ax, shown) in zip(wanted.items(), found):
+            assert ax.get_title() == title
+            np.testing.assert_allclose(shown, panel, 1e-4, 1e-5, err_msg=title)
+            if panel.ndim == 2:  # one scale: a cluster has up to 10 codes
+                assert ax.images[0].get_clim() == pytest.approx((0, math.log2(10)))
+    assert not list(found)
+    assert [ax.get_ylabel() for ax in figure.axes].count("entropy, bits") == 2
+    samples["model"] = "baseline"
+    with pytest.raises(SystemExit, match="has no samples.pt"):
+        results.anatomy([trained])
 
 
 def test_benchmark_prints_a_row_for_each_combination(monkeypatch, capsys):
