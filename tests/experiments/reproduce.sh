@@ -17,23 +17,27 @@ CIFAR=${CIFAR:-cifar10} # or a folder of class folders, with the photographs as 
 
 list() { # name, minutes of one core, what it shows, (what it needs)
     cat <<'END'
-default               45  what a reader sees: the README's commands and the baseline's
-random                20  random clusters, trained (default, or the README's commands)
-rates_digits         120  learning rates of all models, seed 0 (default)
-sampling_digits      110  guidance, temperature and top-p, seed 0 (rates_digits)
-table1_digits        240  CTF against its baseline, seeds 1 to 5
-seconds_digits        50  equal seconds, seeds 1 to 3 (table1_digits)
-ablations             80  clusters, layers, top-k, temperatures (table1_digits)
-convergence           30  figure 2, the copies of seed 1 (table1_digits)
-second_tokenizer     100  table 1 with another tokenizer (table1_digits)
-rates_k              180  learning rates for three sizes K of the codebook (default)
-over_k                60  table 1 over K, seed 1 (rates_k)
-speed                 10  table 2; nothing else may run beside it
-photographs           55  default, on CIFAR-10
-rates_photographs    130  as for digits (photographs)
-sampling_photographs 110  as for digits (rates_photographs)
-table1_photographs   240  as for digits (photographs)
-seconds_photographs   50  as for digits (table1_photographs)
+default                     45  what a reader sees: the README's commands and the baseline's
+random                      20  random clusters, trained (default, or the README's commands)
+rates_digits               120  learning rates of all models, seed 0 (default)
+sampling_digits             80  guidance, temperature and top-p, seed 0 (rates_digits)
+table1_digits              260  CTF against its baseline, seeds 1 to 5
+rates_short_digits          55  rates of the baseline with as many seconds as CTF (default)
+sampling_short_digits       30  its guidance and temperature (rates_short_digits)
+seconds_digits              50  equal seconds, seeds 1 to 3 (table1_digits, sampling_short_digits)
+ablations                   80  clusters, layers, top-k, temperatures (table1_digits)
+convergence                 30  figure 2, the copies of seed 1 (table1_digits)
+second_tokenizer           100  table 1 with another tokenizer (table1_digits)
+rates_k                    180  learning rates for three sizes K of the codebook (default)
+over_k                      60  table 1 over K, seed 1 (rates_k)
+speed                       10  table 2; nothing else may run beside it
+photographs                 55  default, on CIFAR-10
+rates_photographs          130  as for digits (photographs)
+sampling_photographs        80  as for digits (rates_photographs)
+table1_photographs         260  as for digits (photographs)
+rates_short_photographs     55  as for digits (photographs)
+sampling_short_photographs   30  as for digits (rates_short_photographs)
+seconds_photographs         50  as for digits (table1_photographs, sampling_short_photographs)
 END
 }
 
@@ -102,28 +106,46 @@ rates() {
     need "$out/metrics.json" $first
     need "$out/baseline.png" $first # the last file that a training writes
     local lr s folder to=$out/rates
-    for lr in $RATES 1e-3; do
-        once ar_model.py "$to/short-lr$lr" --lr $lr --labels fine --steps $short
-        [ $lr != 1e-3 ] || continue # it is in $out
+    for lr in $RATES; do
         once ar_model.py "$to/lr$lr" --lr $lr
         once ar_model.py "$to/lr$lr" --lr $lr --labels fine
     done
     for lr in $RATES_STAGE2; do once aux_model.py "$to/fine-lr$lr" --lr $lr; done
     settle
-    for folder in "$to"/{default,lr*,fine-lr*,short-lr*}; do
+    for folder in "$to"/{default,lr*,fine-lr*}; do
         for s in $guidance; do
-            [[ $folder = *short-* ]] || draw ctf "$folder/cfg$s" $s 1
+            draw ctf "$folder/cfg$s" $s 1
             [[ $folder = *fine-* ]] || draw baseline "$folder/cfg$s" $s 1
         done
     done
     table best "$to"/{default,lr*,fine-lr*}
+}
+
+rates_short() {
+    need "$out/metrics.json" $first
+    local lr s to=$out/rates
+    for lr in $RATES 1e-3; do
+        once ar_model.py "$to/short-lr$lr" --lr $lr --labels fine --steps $short
+    done
+    for lr in $RATES 1e-3; do
+        for s in $guidance; do draw short "$to/short-lr$lr/cfg$s" $s 1; done
+    done
     table best "$to"/short-lr*
 }
 
 sampling() {
     need "$OUT/.done/rates$suffix" rates$suffix
-    local what T s to tag=$lr1-$lr2-$lrb-$lr_short
-    for what in ctf argmax baseline short; do
+    grid ctf argmax baseline
+}
+
+sampling_short() {
+    need "$OUT/.done/rates_short$suffix" rates_short$suffix
+    grid short
+}
+
+grid() { # WHATS: temperature and guidance of the models with the chosen rates
+    local what T s to tag=$lr1-$lr2-$lrb-$lr_short folders=()
+    for what in "$@"; do
         to=$out/sampling/$what-$tag
         mkdir -p "$to"
         # The models with the chosen rates. (Those with the default rates are in $out.)
@@ -136,9 +158,9 @@ sampling() {
         done
         draw $what "$to/plain-top-p" ${plain[$what]} --top-p 0.9
         draw $what "$to/tuned-top-p" ${tuned[$what]} --top-p 0.9
+        folders+=("$to")
     done
-    table best "$out"/sampling/{ctf,argmax,baseline}-$tag
-    table best "$out/sampling/short-$tag"
+    table best "${folders[@]}"
 }
 
 table1() {
@@ -174,6 +196,7 @@ four_ways() { # FOLDERS of models: samples at temperature 1 and tuned, sampled a
 
 seconds() {
     need "$OUT/.done/table1$suffix" table1$suffix
+    need "$OUT/.done/sampling_short$suffix" sampling_short$suffix
     local seed way to=$out/short flags="--lr $lr_short --labels fine --steps $short"
     for seed in 1 2 3; do once ar_model.py "$to/seed$seed" --seed $seed $flags; done
     for seed in 1 2 3; do

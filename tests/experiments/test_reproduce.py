@@ -13,10 +13,10 @@ from conftest import ROOT
 import tokenizer
 
 SCRIPT = ROOT / "tests" / "experiments" / "reproduce.sh"
-NAMES = ["default", "random", "rates_digits", "sampling_digits", "table1_digits"]
-NAMES += ["seconds_digits", "ablations", "convergence", "second_tokenizer", "rates_k"]
-NAMES += ["over_k", "speed", "photographs", "rates_photographs"]
-NAMES += ["sampling_photographs", "table1_photographs", "seconds_photographs"]
+OF_BOTH = ["rates", "sampling", "table1", "rates_short", "sampling_short", "seconds"]
+NAMES = ["default", "random", *(f"{name}_digits" for name in OF_BOTH), "ablations"]
+NAMES += ["convergence", "second_tokenizer", "rates_k", "over_k", "speed"]
+NAMES += ["photographs", *(f"{name}_photographs" for name in OF_BOTH)]
 # It logs what begins and ends, and fails where the file "broken" names its script.
 PYTHON = """#!/usr/bin/env bash
 echo "begin ${OMP_NUM_THREADS:-all} $*" >> log
@@ -159,7 +159,7 @@ def test_every_command_of_every_name_is_known_to_its_script(call, tmp_path, caps
     )
     record += "copy() { :; }\ntable() { :; }\npython() { :; }\nmkdir() { :; }\n"
     for name in NAMES:
-        base, _, data = name.partition("_")
+        base, _, data = name.rpartition("_")
         if data not in ("digits", "photographs"):
             base, data = name, name if name == "photographs" else "digits"
         record += f"suffix=_{data}; settings_{data}; {base}\n"
