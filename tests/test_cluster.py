@@ -54,9 +54,12 @@ def test_inertia_never_rises_and_no_cluster_stays_empty(x, distinct_rows):
     runs = [kmeans(x, 40, init=np.repeat(x[:5], 8, axis=0))]  # 35 clusters start empty
     assert np.bincount(runs[0][0], minlength=40).min() > 0
     runs += [kmeans(x, 25, seed=seed) for seed in range(5)]
-    runs += [kmeans(x + 1000, 25)]  # float32 would lose its digits there
+    runs += [kmeans(x + 1000, 25)]
     for _, _, inertia in runs:
         assert (np.diff(inertia) <= 1e-6).all() and len(inertia) < 300
+    assignment, centroids, _ = runs[-1]
+    mean = (x + 1000)[assignment == 7].mean(axis=0)
+    np.testing.assert_allclose(centroids[7], mean, 1e-10, err_msg="not in float64")
 
 
 def test_an_empty_cluster_takes_a_row_of_another_cluster():
