@@ -9,7 +9,7 @@ It differs from that of "Attention is all you need" in this:
 - 2D rotary positions: nothing is added to the embeddings. Queries and keys are rotated
   (rotary_table).
 - no biases, no dropout; the embedding and the head do not share their weights; the
-  first token is the class.
+  sequence begins with the class.
 
     python ar_model.py                  # CTF's stage 1, over M coarse labels: coarse.pt
     python ar_model.py --labels fine    # the baseline, over K fine labels: baseline.pt
@@ -21,8 +21,8 @@ paper's sizes, as --layers --dim --heads: 12 768 12 (B), 24 1024 16 (L), 36 1280
 (XL).
 
 The example image of tokenizer.py: class 0 and 64 coarse labels, 8, 8, 8, 53, ...
-The input is the class and the first 63 labels, (1 + 63, dim). The output is logits, for
-T = 64 tokens and V = 128 clusters (64, 128). Row 27 has seen the class and tokens 0 to
+The input is the class and the first 63 labels, (1 + 63, dim). The output is logits (T =
+64, V = 128). Row 27 has seen the class and tokens 0 to
 26. It gives the right answer, cluster 38, a probability of 0.103, which costs -ln 0.103
 = 2.27 nats. The loss is the mean over all rows. A uniform guess costs ln 128 = 4.85
 nats per token. (Bits are nats divided by ln 2.)
@@ -56,6 +56,19 @@ class ARConfig:
     heads: int = 4
 
 
+def rotate(x, rotary):
+    """Rotate the pairs (x[i], x[i + head_dim / 2]) of x (..., n, head_dim) by the
+    angles of their position; rotary is (2, n, head_dim / 2), cosines and sines.
+
+    The dot product of a rotated query and a rotated key depends on their positions only
+    through the difference (RoFormer, Su et al. 2021).
+    """
+    cos, sin = rotary
+    a, b = x.chunk(2, dim=-1)
+    # cos and sin are float32: bfloat16 is too coarse for them.
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+
+
 def rotary_table(grid, head_dim, base=10_000):
     """Cosines and sines of the 2D rotary positions: float32 (2, T + 1, head_dim / 2).
 
@@ -80,18 +93,6 @@ def rotary_table(grid, head_dim, base=10_000):
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotate(x, rotary):
-    """Rotate the pairs (x[i], x[i + head_dim / 2]) of x (..., n, head_dim) by the
-    angles of their position; rotary is (2, n, head_dim / 2), cosines and sines.
-
-    The dot product of a rotated query and a rotated key depends on the difference of
-    their positions only (RoFormer, Su et al. 2021).
-    """
-    cos, sin = rotary
-    a, b = x.chunk(2, dim=-1)  # times float32: bfloat16 is too coarse for the angles
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
-
-
 class Cache:
     """The keys and values of all tokens so far, in one layer.
 
@@ -100,8 +101,8 @@ class Cache:
     """
 
     def __init__(self, capacity):
-        self.capacity = capacity  # tokens
-        self.length = 0  # tokens so far
+        self.capacity = capacity  # positions
+        self.length = 0  # positions so far
         self.kv = None
 
     def extend(self, k, v):
@@ -209,9 +210,9 @@ class ARModel(Transformer):
         logits[:, t] predict token t from the class and tokens[:, :t]. The class token
         comes first, so n tokens give n + 1 predictions.
         """
-        return self.transformer(self.embed(tokens, y))
+        return self.logits(self.embed(tokens, y))
 
-    def transformer(self, x, begin=0, caches=None):
+    def logits(self, x, begin=0, caches=None):
         """Embeddings (B, n, dim) of n positions, starting at begin -> logits (B, n, V).
 
         Position 0 is the class, position t + 1 is token t. caches: one per layer.
@@ -224,8 +225,8 @@ class ARModel(Transformer):
 
 def next_token_loss(model, tokens, y):
     """Mean cross-entropy in nats over all tokens int64 (B, T), each given the tokens
-    before it and the classes y (B,): a 0-d tensor with a gradient. The first token is
-    included: it is predicted from the class alone."""
+    before it and the classes y (B,): a 0-d tensor with a gradient. Token 0 is predicted
+    from the class alone."""
     logits = model(tokens[:, :-1], y)  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
@@ -260,7 +261,7 @@ class Sampling:
             cond, uncond = logits.chunk(2)
             logits = guide(cond, uncond, self.cfg_scale)
         logits = filter_logits(logits / self.temperature, self.top_k, self.top_p)
-        return draw(logits, generator)  # the function below
+        return gumbel_max(logits, generator)
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
@@ -289,10 +290,10 @@ def filter_logits(logits, top_k=0, top_p=1.0):
     return logits
 
 
-def draw(logits, generator):
+def gumbel_max(logits, generator):
     """Sample indices int64 (...,) from softmax(logits), logits (..., V).
 
-    By the Gumbel-max trick: add independent Gumbel noise, -ln(-ln u) with u uniform in
+    The Gumbel-max trick: add independent Gumbel noise, -ln(-ln u) with u uniform in
     0..1, to every logit. Then the argmax is index i with probability
     softmax(logits)[i]. 3 to 5 times as fast as torch.multinomial at V = 4096.
     """
@@ -321,7 +322,7 @@ def generate(model, y, generator, sampling):
     x = model.class_embedding(with_null(y, model) if guided else y)[:, None]
     tokens = []
     for t in range(T):  # x is (B or 2B, 1, dim)
-        logits = model.transformer(x, t, caches)[:, 0]  # (B or 2B, V)
+        logits = model.logits(x, t, caches)[:, 0]  # (B or 2B, V)
         token = sampling.draw(logits, generator)
         tokens.append(token)  # (B,)
         x = model.token_embedding(token.repeat(2) if guided else token)[:, None]
@@ -350,7 +351,8 @@ def mean_loss(model, tokens, y):
 
 
 def parse_with_model(parser, default, argv):
-    """The flags in argv, with those of both Transformers; default: the config class."""
+    """The flags in argv, with those that stages 1 and 2 share; default: the config
+    class."""
     add = parser.add_argument
     add("--layers", type=number(int, 1), default=default.layers, help="layers")
     add("--dim", type=number(int, 1), default=default.dim, help="width")

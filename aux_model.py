@@ -1,6 +1,6 @@
 """Stage 2, the auxiliary model: bidirectional, it predicts all fine labels at once.
 
-p(q_i | c_1 .. c_T, y), where q_i is the fine and c_i the coarse label of token i, for
+It models p(q_i | c_1 .. c_T, y), where q_i is the fine and c_i the coarse label of token i, for
 all i in one pass with full attention, trained by cross-entropy (arXiv 2503.16194,
 figure 1c). The paper's softmax is over all K codes. Here it is over the codes of the
 cluster c_i, which contains q_i; the logits of other codes are not used.
@@ -86,8 +86,8 @@ class AuxModel(Transformer):
         for block in self.blocks:
             x = block(x, self.rotary)  # (B, T + 1, dim)
         x = self.norm(x[:, 1:])  # (B, T, dim): without the class token
-        # Both compute the same. On a CPU only the second one is called: to step through
-        # the plain cluster_logits, set on_cpu = False here.
+        # cluster_logits_on_cpu gives the same, faster. To step through the plain one, set
+        # on_cpu = False.
         on_cpu = x.device.type == "cpu"
         compute = self.cluster_logits_on_cpu if on_cpu else self.cluster_logits
         logits = compute(x.flatten(0, 1), coarse.flatten())  # (B*T, S)
@@ -161,24 +161,6 @@ def mean_fine_loss(model, fine, y):
     return (total / len(fine)).tolist()
 
 
-def guessing(code_to_cluster, fine, test_fine):
-    """How well test_fine (N', T) can be predicted from the cluster of a token alone.
-
-    Returns the nats of a uniform guess within the cluster, and the top-1 accuracy of
-    always guessing the cluster's most frequent code in fine (N, T), the training set.
-    """
-    K = len(code_to_cluster)
-    sizes = code_to_cluster.bincount()  # (M,)
-    coarse = code_to_cluster[test_fine]  # (N', T)
-    nats = sizes[coarse].log().mean().item()
-    frequency = fine.flatten().bincount(minlength=K)  # (K,)
-    clusters = torch.arange(len(sizes), device=fine.device)[:, None]
-    in_cluster = code_to_cluster == clusters  # (M, K)
-    favourite = torch.where(in_cluster, frequency, -1).argmax(dim=1)  # (M,)
-    right = (favourite[coarse] == test_fine).float().mean().item()
-    return nats, right
-
-
 def main(argv=None):
     parser = command_line(__doc__)
     add_training_flags(parser, steps=1000, batch_size=32, lr=3e-3)
@@ -203,10 +185,10 @@ def main(argv=None):
     checkpoint = start(earlier, model, optimizer, args, **ids)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, {M} coarse to {K} fine labels, on {device}")
-    guess, right = guessing(model.code_to_cluster, train_set.x, test_set.x)
+    coarse = model.code_to_cluster[test_set.x]  # (N, T)
+    guess = g.bincount().to(device)[coarse].log().mean().item()
     print(f"a uniform guess within the cluster has a loss of {guess:.3f} nats")
-    print(f"the cluster's most frequent code is right for {right:.1%} of the tokens")
-    if args.compile:  # only the blocks: the shapes in cluster_logits_on_cpu vary
+    if args.compile:  # only the blocks: on a CPU the shapes after them vary
         for block in model.blocks:
             block.compile()
 

@@ -39,7 +39,8 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
     It starts from init (k, d), which is not modified, or from k-means++ with seed. A
     step assigns each row to its nearest centroid and moves every centroid to the mean
     of its rows. An empty cluster first takes the row that is farthest from its
-    centroid. It ends when no assignment changes, or after max_iter steps.
+    centroid, out of a cluster of two or more rows. The algorithm ends when no
+    assignment changes, or after max_iter steps.
 
     Returns the cluster of each row, int64 (n,); the centroids, float64 (k, d); and a
     list of the inertia after each step, which never rises (up to rounding). Raises
@@ -58,8 +59,6 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
         squared = ((x - centroids[assignment]) ** 2).sum(axis=1)  # (n,)
         sizes = np.bincount(assignment, minlength=k)
         for empty in np.flatnonzero(sizes == 0):
-            # It takes the row farthest from its centroid, out of a cluster of two or
-            # more rows. The inertia does not rise.
             row = np.where(sizes[assignment] > 1, squared, -1).argmax()
             sizes[assignment[row]] -= 1
             sizes[empty] = 1
@@ -117,7 +116,7 @@ def invert(code_to_cluster):
       It is padded with -1 to S entries, the size of the largest cluster.
     - place int64 (K,): where each code stands in its row, so that
       members[code_to_cluster[q], place[q]] = q.
-    For g = [0, 1, 1, 0, 1]: [[0, 3, -1], [1, 2, 4]] and [0, 0, 1, 1, 2].
+    For g = [0, 1, 1, 0, 1] (K = 5): [[0, 3, -1], [1, 2, 4]] and [0, 0, 1, 1, 2].
     """
     sizes = np.bincount(code_to_cluster)  # (M,)
     members = np.full((len(sizes), sizes.max()), -1)
@@ -153,11 +152,6 @@ def swapped_images(model, fine, code_to_cluster, rng):
     return reconstruct(model, torch.from_numpy(swapped).to(fine.device)).cpu()
 
 
-def random_clusters(code_to_cluster, rng):
-    """The control: clusters of the same sizes with random codes. (K,) -> (K,)."""
-    return rng.permutation(code_to_cluster)
-
-
 # --------------------------------------------------------------------------- The script
 
 
@@ -191,14 +185,15 @@ def main(argv=None):
     print(f"{share:.1%} of the variance of the codebook is within clusters")
 
     rng = np.random.default_rng(args.seed)
-    maps = {"k-means": code_to_cluster, "random": random_clusters(code_to_cluster, rng)}
+    # The control: clusters of the same sizes with random codes.
+    maps = {"k-means": code_to_cluster, "random": rng.permutation(code_to_cluster)}
     fine = tokens["test"].x[:10].to(device)
     rows = {"original": images["test"].x[:10]}
     rows["reconstruction"] = reconstruct(model, fine).cpu()
     for name, swap_map in maps.items():
         swapped = swapped_images(model, fine, swap_map, rng)
         rows[f"swapped within\n{name} clusters"] = swapped
-    if args.method == "random":
+    if args.method == "random":  # in place of what k-means has found
         code_to_cluster = maps["random"]
         centroids = cluster_means(codebook, code_to_cluster, sizes)
         inertia = [((codebook - centroids[code_to_cluster]) ** 2).sum()]

@@ -4,7 +4,7 @@ T + 1 steps (arXiv 2503.16194, figure 1c). The baseline (--model baseline) takes
 over the fine labels themselves.
 
     python sample.py                                 # 2,000 images of all classes
-    python sample.py --classes 3 cat --cfg-scale 4   # by number or name, more guidance
+    python sample.py --out out/few --classes 3 7     # only these classes
     python sample.py --out out/argmax --fine-top-k 1 # the most probable fine labels
     python sample.py --num-samples 50000 --export    # files for other FID programs
 
@@ -69,7 +69,7 @@ def sample_images(models, y, generator, stage1=STAGE1, stage2=STAGE2):
         else:
             coarse = labels
             fine = predict_fine(models.aux, coarse, y, generator, stage2)  # 1 step
-    images = to_uint8(models.vqvae.decode(models.vqvae.codes(fine)))
+    images = to_uint8(models.vqvae.decode(models.vqvae.codes(fine)))  # in float32
     return images, coarse, fine
 
 
@@ -157,7 +157,7 @@ def parse_args(argv):
     add("--model", choices=list(FILES), default="ctf", help="what to sample")
     add("--num-samples", type=number(int, 1), default=2000, help="number of images")
     add("--batch-size", type=number(int, 1), default=100, help="images per batch")
-    add("--classes", nargs="+", help="names or numbers (default: as in the test set)")
+    add("--classes", nargs="+", help="names (default: as in the test set)")
     add("--export", action="store_true", help="also write .npz and PNG files")
     for prefix, usual in (("", STAGE1), ("fine-", STAGE2)):
         title = "stage 2" if prefix else "stage 1, or the baseline"
@@ -170,9 +170,6 @@ def parse_args(argv):
     names = list(SAMPLING_FLAGS)
     stage1 = Sampling(**{name: getattr(args, name) for name in names})
     stage2 = Sampling(**{name: getattr(args, f"fine_{name}") for name in names})
-    for sampling in (stage1, stage2):
-        if sampling.top_k == 1 and sampling.temperature != 1:
-            parser.error("a temperature changes nothing if top-k is 1, the argmax")
     if args.model == "baseline" and stage2 != STAGE2:
         parser.error("the baseline has no stage 2: drop the --fine flags")
     return args, stage1, stage2
@@ -217,22 +214,15 @@ def main(argv=None):
 
 
 def choose_classes(wanted, count, test_classes, class_names):
-    """Classes int64 (count,): the wanted ones (names or numbers) in turn, or by default
+    """Classes int64 (count,): those with the wanted names in turn, or by default
     test_classes (N,) in their order. Fails if one is unknown."""
     if not wanted:
         return test_classes[torch.arange(count) % len(test_classes)]
-    # If some names are numbers, "7" is the class called 7, and never the eighth.
-    by_number = not any(name.isdecimal() for name in class_names)
-    numbers = []
-    for text in wanted:
-        if text in class_names:
-            numbers.append(class_names.index(text))
-        elif by_number and text.isdecimal() and int(text) < len(class_names):
-            numbers.append(int(text))
-        else:
-            known = ", ".join(f"{i} {name}" for i, name in enumerate(class_names[:20]))
-            fail(f"--classes {text}: no such class; there are {known}")
-    return torch.tensor(numbers)[torch.arange(count) % len(numbers)]
+    for name in wanted:
+        if name not in class_names:
+            fail(f"--classes {name}: there are {', '.join(class_names[:20])}")
+    numbers = torch.tensor([class_names.index(name) for name in wanted])
+    return numbers[torch.arange(count) % len(numbers)]
 
 
 def export(folder, images):

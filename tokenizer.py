@@ -85,7 +85,8 @@ class ResBlock(nn.Module):
 
 
 def down(outer, inner):
-    """Halve the size: (B, outer, H, W) -> (B, inner, H / 2, W / 2)."""
+    """Halve the size: (B, outer, H, W) -> (B, inner, H / 2, W / 2). inner is nearer to
+    the token grid."""
     halve = nn.Conv2d(outer, inner, 4, stride=2, padding=1)
     return nn.Sequential(halve, ResBlock(inner))
 
@@ -115,8 +116,7 @@ class VQVAE(nn.Module):
         from_codes = nn.Conv2d(d, width, 3, padding=1)
         self.encoder = nn.Sequential(*downs, nn.SiLU(), to_codes)
         self.decoder = nn.Sequential(from_codes, ResBlock(width), *reversed(ups))
-        # Buffers, not parameters: the codes get no gradient. update_codebook moves
-        # them.
+        # Buffers, not parameters: the codes get no gradient, update_codebook moves them.
         codes = F.normalize(torch.randn(config.codebook_size, d), dim=1)
         self.register_buffer("codebook", codes)  # (K, d)
         # For each code, the exponential moving average (EMA) of the number of vectors
@@ -133,8 +133,7 @@ class VQVAE(nn.Module):
         return F.normalize(self.encoder(x).float(), dim=1)
 
     def quantize(self, z):
-        """Replace every vector by its nearest code, with the straight-through
-        estimator.
+        """Replace every vector by its nearest code; straight-through (see below).
 
         z: unit vectors (B, d, h, w). Returns (see VQ-VAE, equations 1 to 3)
         - z_q (B, d, h, w): the codes. Their gradient is passed to z unchanged.
@@ -181,13 +180,13 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def update_codebook(self, z, fine, rng, decay=0.99, dead_below=0.2):
         """Update every code by an EMA of the vectors that chose it (VQ-VAE, appendix
-        A.1), and re-initialise dead codes. The codes are learnt without gradients.
+        A.1), and re-initialise dead codes.
 
         z (B, d, h, w) and fine (B, T) come from one batch; rng is a numpy Generator. A
         code becomes the direction of the EMA of the sum of its vectors, so there is no
         division by the count. A code is dead if the EMA of its count is below
-        dead_below times the mean count. It is re-initialised to a random vector of z.
-        Without that, only half of the 4096 codes are ever used: the others start too
+        dead_below times the mean count. It is re-initialised to a random vector of z
+        and the mean count, so that it has time to be chosen. Without that, only half of the 4096 codes are ever used: the others start too
         far from all vectors to be chosen.
         """
         vectors, fine = as_rows(z), fine.flatten()  # (B*T, d), (B*T,)
@@ -196,8 +195,7 @@ class VQVAE(nn.Module):
         sums = torch.zeros_like(self.moving_sum).index_add_(0, fine, vectors)  # (K, d)
         self.moving_count.lerp_(counts, 1 - decay)
         self.moving_sum.lerp_(sums, 1 - decay)
-        # Each code gets a candidate. Only the dead ones use it: to count them first
-        # would be to wait for a GPU.
+        # Each code gets a candidate; only the dead ones use it.
         mean = self.moving_count.mean()
         is_dead = self.moving_count < dead_below * mean  # (K,)
         chosen = torch.from_numpy(rng.integers(len(vectors), size=len(is_dead)))
@@ -260,18 +258,18 @@ def psnr(images, others):
 def parse_args(argv):
     """The flags in argv."""
     parser, default = command_line(__doc__), VQVAEConfig()
-    add, size = parser.add_argument, number(int, 1)
+    add, positive = parser.add_argument, number(int, 1)
     what = f"{', '.join(DATA_SETS)}, or a folder"
     add("--data", default="glyphs", help=what)
-    add("--image-size", type=size, default=default.image_size, help="pixels")
+    add("--image-size", type=positive, default=default.image_size, help="pixels")
     what = "pixels per token, along each side"
     sides = [2, 4, 8, 16]
     add("--downsample", type=int, choices=sides, default=default.downsample, help=what)
-    add("--channels", type=size, default=default.channels, help="network width")
-    add("--codebook-size", type=size, default=default.codebook_size, help="K")
-    add("--code-dim", type=size, default=default.code_dim, help="d")
+    add("--channels", type=positive, default=default.channels, help="network width")
+    add("--codebook-size", type=positive, default=default.codebook_size, help="K")
+    add("--code-dim", type=positive, default=default.code_dim, help="d")
     add_training_flags(parser, steps=600, batch_size=128, lr=2e-3)
-    parser.set_defaults(keep=0)  # no --keep as in ar_model.py: a copy has no tokens
+    parser.set_defaults(keep=0)  # --keep is a flag of stages 1 and 2 (ar_model.py)
     args = parser.parse_args(argv)
     if args.image_size % args.downsample:
         parser.error(f"--image-size must be a multiple of {args.downsample}")
@@ -414,7 +412,6 @@ def read_folder(root, image_size):
     """read_images for a folder."""
     files, class_names = find_images(root)
     resize = Compose([Resize(image_size), CenterCrop(image_size)])
-
     read = lambda pair: np.array(resize(read_image(pair[0])))
     sets = []
     for pairs in files:
@@ -432,7 +429,7 @@ def find_images(root):
     """([training pairs, test pairs], class names). A pair: (file, class number)."""
     splits = {path.name.lower(): class_files(path) for path in visible(root)}
     train = splits.get("train")
-    test = splits.get("test") or splits.get("val")  # a test/ without classes: no labels
+    test = splits.get("test") or splits.get("val")  # a flat test/ has none
     if not train or not test:  # every tenth file of a class is held out
         train, test = {}, {}
         for name, paths in class_files(root).items():
@@ -598,7 +595,6 @@ def record(checkpoint, loss, norm, began, bar, args):
     saving). Returns whether it is time to measure and save: every --save-every steps,
     at the end, and when a copy of --keep is due. Ends the script if norm, the gradient
     norm, is not finite."""
-    # The only line of a step that waits for a GPU.
     loss, norm = torch.stack([loss.detach(), norm]).tolist()
     if not math.isfinite(norm):  # the weights are spoiled, but not yet saved
         where = f"the gradient norm of step {checkpoint['step']} is {norm}"
@@ -651,8 +647,7 @@ def start(earlier, model, optimizer, args, **ids):
     are loaded into model and optimizer. Fails if that run had other flags or other ids.
 
     A checkpoint is a dict: config (the fields of the model's config); settings (the
-    flags and ids, for --resume); the ids, which identify what the model is trained on;
-    step; seconds; and history, {"loss": [one per step], "test": [a dict per save]}.
+    flags and ids, for --resume); the ids of what the model is trained on; step; seconds; and history, {"loss": [one per step], "test": [a dict per save]}.
     save_checkpoint adds model and optimizer, their states, and weights_id.
     """
     # What may change when a run is resumed. (The data are known by their images_id.)

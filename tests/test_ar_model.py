@@ -339,7 +339,7 @@ def test_extreme_random_numbers_do_not_choose_a_filtered_label(monkeypatch):
     logits = torch.tensor([-math.inf, 1.0, -math.inf])
     for u in (0.0, 1.0):
         monkeypatch.setattr(torch, "rand", lambda shape, u=u, **_: torch.full(shape, u))
-        assert ar_model.draw(logits, None) == 1
+        assert ar_model.gumbel_max(logits, None) == 1
 
 
 # --------------------------------------------------------------------------- the script

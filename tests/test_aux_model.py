@@ -190,20 +190,11 @@ def test_mean_fine_loss_weighs_every_image_equally_without_gradients(fine):
     assert not table.gradients
 
 
-def test_guessing_within_the_cluster_against_loops():
-    generator = torch.Generator().manual_seed(2)  # with other favourites in both sets
-    fine = torch.randint(9, (5, 12), generator=generator)  # no code of cluster 3
-    test_fine = torch.randint(10, (7, 12), generator=generator)
-    nats, right = [], []
-    for q in test_fine.flatten().tolist():
-        members = [m for m in MEMBERS[G[q]] if m >= 0]
-        nats.append(math.log(len(members)))
-        right.append(q == max(members, key=lambda m: (fine == m).sum().item()))
-    wanted = sum(nats) / len(nats), sum(right) / len(right)
-    assert aux_model.guessing(G, fine, test_fine) == pytest.approx(wanted, rel=1e-5)
-    loss, _ = fine_loss(AuxModel(CONFIG, G), test_fine[:5], Y)  # of a new model
-    uniform, _ = aux_model.guessing(G, fine, test_fine[:5])
-    assert loss.item() == pytest.approx(uniform, abs=1e-5)
+def test_the_first_loss_is_that_of_a_uniform_guess_within_the_cluster():
+    fine = torch.randint(10, (5, 12), generator=torch.Generator().manual_seed(2))
+    sizes = [sum(m >= 0 for m in MEMBERS[G[q]]) for q in fine.flatten().tolist()]
+    loss, _ = fine_loss(AuxModel(CONFIG, G), fine, Y)
+    assert loss.item() == pytest.approx(np.log(sizes).mean(), abs=1e-5)
 
 
 # --------------------------------------------------------------------------- prediction
@@ -325,9 +316,8 @@ def test_it_learns_the_fine_labels_of_the_training_images(out, monkeypatch, caps
     wanted = {"loss": nats, "bits": nats / math.log(2), "accuracy": right}
     assert {key: last[key] for key in wanted} == pytest.approx(wanted, rel=1e-4)
     guess = g.bincount()[coarse].log().mean().item()
-    favourite = (code[coarse] == test[0]).float().mean().item()
-    assert f"{guess:.3f} nats" in printed and f"{favourite:.1%}" in printed
-    assert f"{M} coarse" in printed and f"{K} fine" in printed
+    assert f"{guess:.3f} nats" in printed and f"{M} coarse" in printed
+    assert f"{K} fine" in printed
 
     (ax,) = figures["fine.png"].axes
     assert all(text in ax.get_title() for text in ("fine.pt", f"K = {K}", f"M = {M}"))

@@ -31,7 +31,7 @@ from scipy.stats import permutation_test, ttest_ind
 # isort: off
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tokenizer import fail, find, load, picture, restore
-from cluster import random_clusters, swapped_images
+from cluster import swapped_images
 from ar_model import Sampling, mean_loss
 from sample import load_models, name_of
 from evaluate import Classifier, caption, look, sample_sets, score, stage2_alone
@@ -332,7 +332,7 @@ def panels(models, image, fine, y, rng):
         "coarse labels": means[coarse[0]].view(*grid, 3),
     }
     own = g.numpy()
-    for name, clusters in (("k-means", own), ("random", random_clusters(own, rng))):
+    for name, clusters in (("k-means", own), ("random", rng.permutation(own))):
         swapped = swapped_images(vqvae, fine, clusters, rng)
         shown[f"swapped within\n{name} clusters"] = swapped[0]
     logits = models.ar(coarse[:, :-1], y), aux(coarse, y)
