@@ -6,8 +6,8 @@
 #     bash tests/experiments/reproduce.sh -j 2 table1_digits # two commands at a time
 #
 # They run in $OUT (default: out) and its sub-folders. With -j 2 each command has one
-# thread. Tables go to stdout, all else to stderr, and each metrics.json behind a table
-# to $OUT/results. The script can be stopped and called again: a finished command is
+# thread. Tables go to stdout, all else to stderr, and a copy of the tables and of each
+# metrics.json behind them to $OUT/results. The script can be stopped and called again: a finished command is
 # skipped, and a training continues from its last save. The marks of what is finished,
 # in $OUT/.done, belong to one commit of the six scripts. It needs bash 4.4 and flock.
 set -euo pipefail
@@ -353,10 +353,10 @@ settle() {
 # Print a table of results.py, and collect the metrics.json behind it.
 table() { # COMMAND PATHS
     settle
-    python tests/experiments/results.py "$@"
-    echo
-    local path run
+    local path run text
+    text=$(python tests/experiments/results.py "$@")
     mkdir -p "$OUT/results/$name"
+    printf '%s\n\n' "$text" | tee -a "$OUT/results/$name/tables.md"
     for path in "${@:2}"; do
         run=${path#"$OUT"/}
         copy "$path/metrics.json" "$OUT/results/$name/${run//\//-}.json"
@@ -399,6 +399,7 @@ for name in "$@"; do
     suffix=_digits
     [[ $name != *photographs ]] || suffix=_photographs
     settings$suffix
+    rm -f "$OUT/results/$name/tables.md"
     ${name%$suffix}
     settle
     touch "$OUT/.done/$name"

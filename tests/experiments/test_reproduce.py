@@ -21,7 +21,7 @@ NAMES += ["photographs", *(f"{name}_photographs" for name in OF_BOTH)]
 PYTHON = """#!/usr/bin/env bash
 echo "begin ${OMP_NUM_THREADS:-all} $*" >> log
 case $1 in
-    tests/*) echo "the table $2" && exit ;;
+    tests/*) [ -e no-table ] && exit 1; echo "the table $2" && exit ;;
     *) echo "progress" && mkdir -p "$3" ;;
 esac
 [ ! -e broken ] || [ "$1" != "$(cat broken)" ] || exit 1
@@ -75,8 +75,12 @@ def test_tables_go_to_stdout_and_finished_commands_are_skipped(call):
     assert code == 0 and out.split("\n") == ["the table mean", "", ""]
     assert "progress" in err and len(log) == 2 * 8 + 1
     assert log[-1] == "begin all tests/experiments/results.py mean an out"
-    assert (call.home / "an out" / "results" / "default" / "an out.json").exists()
+    kept = call.home / "an out" / "results" / "default"
+    assert (kept / "an out.json").exists()
     assert call("default")[3] == log[-1:]  # only the table
+    assert (kept / "tables.md").read_text() == "the table mean\n\n", "once"
+    (call.home / "no-table").touch()
+    assert call("default")[0] != 0 and not (kept / "tables.md").exists()
 
 
 def test_a_stopped_training_is_resumed(call):
