@@ -5,11 +5,12 @@
 #     bash tests/experiments/reproduce.sh default random     # two of them
 #     bash tests/experiments/reproduce.sh -j 2 table1_digits # two commands at a time
 #
-# They run in $OUT (default: out) and its sub-folders. With -j 2 each command has one
-# thread. Tables go to stdout, all else to stderr, and a copy of the tables and of each
+# They run in $OUT (default: out) and its sub-folders, with one thread each. What the
+# tables of rates_* and sampling_* choose is written into the settings below, by hand,
+# before the next functions are called. Tables go to stdout, all else to stderr, and a copy of the tables and of each
 # metrics.json behind them to $OUT/results. The script can be stopped and called again: a finished command is
-# skipped, and a training continues from its last save. The marks of what is finished,
-# in $OUT/.done, belong to one commit of the six scripts. It needs bash 4.4 and flock.
+# skipped, and a training continues from its last save. Marks in .done folders say which
+# command made a file, at which commit of the six scripts. It needs bash 4.4 and flock.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-out}
@@ -125,12 +126,12 @@ rates_short() {
     need "$out/metrics.json" $first
     local lr s to=$out/rates
     for lr in $RATES 1e-3; do
-        once ar_model.py "$to/short-lr$lr" --lr $lr --labels fine --steps $short
+        once ar_model.py "$to/short$short-lr$lr" --lr $lr --labels fine --steps $short
     done
     for lr in $RATES 1e-3; do
-        for s in $guidance; do draw short "$to/short-lr$lr/cfg$s" $s 1; done
+        for s in $guidance; do draw short "$to/short$short-lr$lr/cfg$s" $s 1; done
     done
-    table best "$to"/short-lr*
+    table best "$to/short$short"-lr*
 }
 
 sampling() {
@@ -144,15 +145,16 @@ sampling_short() {
 }
 
 grid() { # WHATS: temperature and guidance of the models with the chosen rates
-    local what T s to tag=$lr1-$lr2-$lrb-$lr_short folders=()
+    local what T s to folders=()
     for what in "$@"; do
-        to=$out/sampling/$what-$tag
+        to=$out/sampling/$what-$lr1-$lr2-$lrb
+        [ $what != short ] || to=$out/sampling/short$short-$lr_short
         mkdir -p "$to"
         # The models with the chosen rates. (Those with the default rates are in $out.)
-        copy "$out/rates/lr$lr1/coarse.pt" "$to"
-        copy "$out/rates/fine-lr$lr2/fine.pt" "$to"
-        copy "$out/rates/lr$lrb/baseline.pt" "$to"
-        [ $what != short ] || copy "$out/rates/short-lr$lr_short/baseline.pt" "$to"
+        [ $lr1 = 1e-3 ] || cp "$out/rates/lr$lr1/coarse.pt" "$to"
+        [ $lr2 = 3e-3 ] || cp "$out/rates/fine-lr$lr2/fine.pt" "$to"
+        [ $lrb = 1e-3 ] || cp "$out/rates/lr$lrb/baseline.pt" "$to"
+        [ $what != short ] || cp "$out/rates/short$short-lr$lr_short/baseline.pt" "$to"
         for T in $TEMPERATURES; do
             for s in $near; do draw $what "$to/T$T-cfg$s" $s $T; done
         done
@@ -197,7 +199,7 @@ four_ways() { # FOLDERS of models: samples at temperature 1 and tuned, sampled a
 seconds() {
     need "$OUT/.done/table1$suffix" table1$suffix
     need "$OUT/.done/sampling_short$suffix" sampling_short$suffix
-    local seed way to=$out/short flags="--lr $lr_short --labels fine --steps $short"
+    local seed way to=$out/short$short flags="--lr $lr_short --labels fine --steps $short"
     for seed in 1 2 3; do once ar_model.py "$to/seed$seed" --seed $seed $flags; done
     for seed in 1 2 3; do
         draw short "$to/seed$seed/plain" ${plain[short]} $MANY
@@ -306,26 +308,36 @@ over_k() {
     table coarse "$out"/K{1024,4096,16384}/seed1
 }
 
-speed() { python tests/experiments/benchmark.py --batch-sizes 64; }
+speed() {
+    local text
+    text=$(env -u OMP_NUM_THREADS python tests/experiments/benchmark.py --batch-sizes 64)
+    print "$text"
+}
 
 # ------------------------------------------------------------------------ How they run
 
-# Run a script on a folder, unless that has finished before: up to $J at a time. Only
-# commands of one kind run together: each stage needs what those before it wrote.
+# Run a script on a folder, unless its file there is from the same command: up to $J at
+# a time. Only commands of one kind run together: each stage needs those before it.
 once() { # SCRIPT FOLDER FLAGS
-    local kind=${1/aux_/ar_} text="$1 ${*:3}"
-    local mark="$2/.done/${text//[^a-zA-Z0-9.-]/_}"
-    [ ! -e "$mark" ] || return 0
+    local kind=${1/aux_/ar_} text="$1 ${*:3}" file=${1%.py}
     [ "$kind" = "$running" ] || settle
     running=$kind
+    case "$text" in
+        *"--labels fine"* | *"--model baseline"*) file+=-baseline ;;
+        evaluate.py*) text+=$(cat "$2"/.done/sample*) ;; # of these samples
+    esac
+    local mark="$2/.done/$file"
+    [ ! -e "$mark" ] || [ "$(<"$mark")" != "$text" ] || return 0
+    rm -f "$mark"
     while [ "$(jobs -rp | wc -l)" -ge "$J" ]; do wait -n || exit 1; done
     echo "+ $*" >&2
-    carry_out "$mark" "$@" &
+    carry_out "$mark" "$text" "$@" &
     marks+=("$mark") jobs+=($!)
 }
 
-carry_out() { # MARK SCRIPT FOLDER FLAGS
-    local checkpoint=none resume=
+carry_out() { # MARK ITS_TEXT SCRIPT FOLDER FLAGS
+    local mark=$1 text=$2 checkpoint=none resume=
+    shift
     case "$2 ${*:4}" in
         tokenizer.py*) checkpoint=tokenizer.pt ;;
         ar_model.py*"--labels fine"*) checkpoint=baseline.pt ;;
@@ -339,7 +351,7 @@ carry_out() { # MARK SCRIPT FOLDER FLAGS
         exit 1
     }
     mkdir -p "$3/.done"
-    touch "$1"
+    echo "$text" >"$mark"
 }
 
 # Wait for all that runs. All of it must have finished.
@@ -355,12 +367,16 @@ table() { # COMMAND PATHS
     settle
     local path run text
     text=$(python tests/experiments/results.py "$@")
-    mkdir -p "$OUT/results/$name"
-    printf '%s\n\n' "$text" | tee -a "$OUT/results/$name/tables.md"
+    print "$text"
     for path in "${@:2}"; do
         run=${path#"$OUT"/}
         copy "$path/metrics.json" "$OUT/results/$name/${run//\//-}.json"
     done
+}
+
+print() { # TEXT
+    mkdir -p "$OUT/results/$name"
+    printf '%s\n\n' "$1" | tee -a "$OUT/results/$name/tables.md"
 }
 
 copy() { [ ! -e "$1" ] || cp "$1" "$2"; } # FILE TO, if there is such a file
@@ -391,7 +407,7 @@ made=$(<"$OUT/.done/commit")
 [ "$made" = "$commit" ] ||
     stop "$OUT/.done belongs to commit $made, the scripts to $commit: set another OUT"
 
-[ "$J" = 1 ] || export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1
 set -m # each job is a process group, which ends with this script
 trap '[ ${#jobs[@]} = 0 ] || kill -- "${jobs[@]/#/-}" 2>/dev/null' EXIT
 trap 'exit 1' INT TERM
@@ -399,7 +415,7 @@ for name in "$@"; do
     suffix=_digits
     [[ $name != *photographs ]] || suffix=_photographs
     settings$suffix
-    rm -f "$OUT/results/$name/tables.md"
+    rm -rf "$OUT/results/$name" "$OUT/.done/$name"
     ${name%$suffix}
     settle
     touch "$OUT/.done/$name"

@@ -74,7 +74,7 @@ def test_tables_go_to_stdout_and_finished_commands_are_skipped(call):
     code, out, err, log = call("default")
     assert code == 0 and out.split("\n") == ["the table mean", "", ""]
     assert "progress" in err and len(log) == 2 * 8 + 1
-    assert log[-1] == "begin all tests/experiments/results.py mean an out"
+    assert log[-1] == "begin 1 tests/experiments/results.py mean an out"
     kept = call.home / "an out" / "results" / "default"
     assert (kept / "an out.json").exists()
     assert call("default")[3] == log[-1:]  # only the table
@@ -86,14 +86,14 @@ def test_tables_go_to_stdout_and_finished_commands_are_skipped(call):
 def test_a_stopped_training_is_resumed(call):
     (call.home / "broken").write_text("ar_model.py")
     code, out, err, log = call("default", "random")
-    assert code == 1 and out == "" and log[-1] == "begin all ar_model.py --out an out"
+    assert code == 1 and out == "" and log[-1] == "begin 1 ar_model.py --out an out"
     assert err.splitlines()[-1].startswith("error: this failed: python ar_model.py")
-    assert call("default")[3] == ["begin all ar_model.py --out an out"]
+    assert call("default")[3] == ["begin 1 ar_model.py --out an out"]
     (call.home / "an out" / "coarse.pt").touch()
     (call.home / "broken").unlink()
     log = call("default")[3]
-    assert log[0] == "begin all ar_model.py --out an out --resume"
-    assert log[-1].startswith("begin all tests/experiments/results.py")
+    assert log[0] == "begin 1 ar_model.py --out an out --resume"
+    assert log[-1].startswith("begin 1 tests/experiments/results.py")
 
 
 def test_what_runs_ends_with_the_script(call):
@@ -107,15 +107,26 @@ def test_what_runs_ends_with_the_script(call):
     assert process.returncode == 1 and "end ar_model.py" not in log.read_text()
 
 
+def test_other_settings_draw_and_judge_again(call):
+    call("default", "random")
+    script = call.home / "tests" / "experiments" / "reproduce.sh"
+    text = script.read_text()
+    assert 'plain=([ctf]="2 1"' in text
+    script.write_text(text.replace('plain=([ctf]="2 1"', 'plain=([ctf]="3 1"', 1))
+    ran = [line.split()[2] for line in call("default", "random")[3] if "begin" in line]
+    results = "tests/experiments/results.py"
+    assert ran == [results, "sample.py", "evaluate.py", results]
+
+
 def test_two_trainings_at_a_time_with_one_thread_each(call):
     call("default")
-    for flags, begun in (([], "begin all"), (["-j", "2"], "begin 1")):
+    for flags in ([], ["-j", "2"]):
         subprocess.run(["rm", "-r", call.home / "an out" / "random"], check=False)
         log = call(*flags, "random")[3]
         first = next(i for i, line in enumerate(log) if "ar_model" in line)
         kinds = [line.split()[0] for line in log[first : first + 4]]
         assert kinds == (["begin", "begin", "end", "end"] if flags else kinds[:2] * 2)
-        assert log[first].startswith(begun)
+        assert all(line.startswith("begin 1 ") for line in log if "begin" in line)
         assert "sample.py" in log[first + 4]  # waits for both
 
 
@@ -161,11 +172,11 @@ def test_every_command_of_every_name_is_known_to_its_script(call, tmp_path, caps
     record = (
         'once() { echo "$1 ${*:3}"; }\nneed() { :; }\nsettle() { :; }\ncp() { :; }\n'
     )
-    record += "copy() { :; }\ntable() { :; }\npython() { :; }\nmkdir() { :; }\n"
+    record += "print() { :; }\ntable() { :; }\nenv() { :; }\nmkdir() { :; }\n"
     for name in NAMES:
         base, _, data = name.rpartition("_")
-        if data not in ("digits", "photographs"):
-            base, data = name, name if name == "photographs" else "digits"
+        if name == "photographs" or data not in ("digits", "photographs"):
+            base, data = name, "photographs" if name == "photographs" else "digits"
         record += f"suffix=_{data}; settings_{data}; {base}\n"
     record = subprocess.check_output(["bash", "-c", functions + record], text=True)
     commands = sorted(set(record.splitlines()))

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 
 import benchmark
 import numpy as np
@@ -11,7 +12,7 @@ import results
 import scipy.special
 import scipy.stats
 import torch
-from conftest import CLASSES, G, K, M, error_of
+from conftest import CLASSES, ROOT, G, K, M, error_of
 
 import evaluate
 import tokenizer
@@ -263,6 +264,17 @@ def test_refined_samples_keep_their_coarse_labels(trained, capsys):
         cells = cells_of(evaluate.score(x, y, judge, real, results.CPU))
         lines.append(f"| {trained} | {name} | {cells} |")
     assert results.refine([trained]).splitlines() == lines
+
+
+def test_tables_of_results_md_are_what_results_py_prints(monkeypatch, capsys):
+    """Each stands below its command, in a comment."""
+    monkeypatch.chdir(ROOT / ".github")
+    text = (ROOT / ".github" / "RESULTS.md").read_text("utf-8")
+    commands = re.findall(r"<!-- results.py (.*) -->\n\n((?:\|.*\n)+)", text)
+    assert commands and len(commands) == text.count("<!-- results.py")
+    for command, table in commands:
+        results.main(command.split())
+        assert capsys.readouterr().out.startswith(table), command
 
 
 def test_convergence_over_steps_and_over_seconds(tmp_path, monkeypatch):
