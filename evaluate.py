@@ -8,8 +8,8 @@ and stage 2 alone.
     python evaluate.py --out out/cfg3       # those in the sub-folder
 
 Reads what the other scripts wrote; writes metrics.json, and classifier.pt (the judge,
-trained once) beside images.pt. Prints a Markdown table. On two CPU cores: a minute, FD
-0.66.
+trained once) beside images.pt. Prints a Markdown table. On two CPU cores: two minutes,
+FD 0.67.
 
 The example image of tokenizer.py: the judge turns (3, 32, 32) pixels into 128 features
 and 10 logits. The logit of class 0 is the largest, so the image counts as accurate.

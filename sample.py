@@ -12,7 +12,7 @@ Reads tokenizer.pt and tokens.pt; clusters.pt, coarse.pt and fine.pt, or for the
 baseline baseline.pt; images.pt for --export. Writes samples.pt (images uint8
 (N, H, W, 3), classes (N,), coarse and fine labels (N, T)) and samples.png; for the
 baseline samples-baseline.pt and .png; with --export also the folder export/. On two CPU
-cores: 110 to 150 images/s.
+cores: 90 to 150 images/s.
 
 A new image from beginning to end: class 0. 64 steps of stage 1 sample 64 coarse labels,
 69, 113, 53, 68, ... (For guidance each step runs with and without the class.) Token 27

@@ -12,7 +12,7 @@ codes are unit vectors of only d = 8 dimensions.
 
 Reads the images; writes to --out: images.pt (the images, read once for all scripts),
 tokenizer.pt, tokens.pt (the fine labels of all images) and tokenizer.png. On two CPU
-cores: 4 minutes, 27.5 dB (PSNR) on the test images, in which all 4096 codes occur.
+cores: 7 minutes, 27.5 dB (PSNR) on the test images, in which all 4096 codes occur.
 The method is in the first part of the file. From "Images" on, it is data and what all
 scripts share: main calls update, record, start and others, as do the main functions of
 stages 1 and 2.
@@ -647,7 +647,8 @@ def start(earlier, model, optimizer, args, **ids):
     are loaded into model and optimizer. Fails if that run had other flags or other ids.
 
     A checkpoint is a dict: config (the fields of the model's config); settings (the
-    flags and ids, for --resume); the ids of what the model is trained on; step; seconds; and history, {"loss": [one per step], "test": [a dict per save]}.
+    flags and ids, for --resume); the ids of what the model is trained on; step;
+    seconds; and history, {"loss": [one per step], "test": [a dict per save]}.
     save_checkpoint adds model and optimizer, their states, and weights_id.
     """
     # What may change when a run is resumed. (The data are known by their images_id.)
