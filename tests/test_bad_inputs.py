@@ -167,12 +167,15 @@ def test_a_wrong_flag_is_a_usage_error(script, trained, images, capsys):
 def test_a_variant_inherits_from_the_parents_of_the_real_path(
     trained, monkeypatch, capsys
 ):
-    """Not from the working directory, nor from the folder that holds a link."""
+    """From the nearest; not from the working directory, nor the folder of a link."""
     variant = trained / "M8"
     variant.mkdir()
+    farther = trained.parent / "tokens.pt"
+    farther.write_bytes((trained / "tokens.pt").read_bytes())
     monkeypatch.chdir(variant)
     run("cluster", ".", None, "--clusters", "8")
     run("aux_model", ".", None)
+    farther.unlink()
     printed = capsys.readouterr().out
     for name in ("images.pt", "tokenizer.pt", "tokens.pt"):
         assert f"using {trained / name}\n" in printed
