@@ -21,11 +21,11 @@ paper's sizes, as --layers --dim --heads: 12 768 12 (B), 24 1024 16 (L), 36 1280
 (XL).
 
 The example image of tokenizer.py: class 0 and 64 coarse labels, 8, 8, 8, 53, ...
-The input is the class and the first 63 labels, (1 + 63, dim). The output is logits (T =
-64, V = 128). Row 27 has seen the class and tokens 0 to
-26. It gives the right answer, cluster 38, a probability of 0.103, which costs -ln 0.103
-= 2.27 nats. The loss is the mean over all rows. A uniform guess costs ln 128 = 4.85
-nats per token. (Bits are nats divided by ln 2.)
+The input is the class and the first 63 labels, (1 + 63, dim). The output is logits (64,
+128): T = 64, V = 128. Row 27 has seen the class and tokens 0 to 26. It gives the right
+answer, cluster 38, a probability of 0.103, which costs -ln 0.103 = 2.27 nats. The loss
+is the mean over all rows. A uniform guess costs ln 128 = 4.85 nats per token. (Bits are
+nats divided by ln 2.)
 """
 
 import math

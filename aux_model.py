@@ -1,9 +1,9 @@
 """Stage 2, the auxiliary model: bidirectional, it predicts all fine labels at once.
 
-It models p(q_i | c_1 .. c_T, y), where q_i is the fine and c_i the coarse label of token i, for
-all i in one pass with full attention, trained by cross-entropy (arXiv 2503.16194,
-figure 1c). The paper's softmax is over all K codes. Here it is over the codes of the
-cluster c_i, which contains q_i; the logits of other codes are not used.
+It models p(q_i | c_1 .. c_T, y), where q_i is the fine and c_i the coarse label of
+token i, for all i in one pass with full attention, trained by cross-entropy (arXiv
+2503.16194, figure 1c). The paper's softmax is over all K codes. Here it is over the
+codes of the cluster c_i, which contains q_i; the logits of other codes are not used.
 
     python aux_model.py
 
@@ -86,8 +86,8 @@ class AuxModel(Transformer):
         for block in self.blocks:
             x = block(x, self.rotary)  # (B, T + 1, dim)
         x = self.norm(x[:, 1:])  # (B, T, dim): without the class token
-        # cluster_logits_on_cpu gives the same, faster. To step through the plain one, set
-        # on_cpu = False.
+        # cluster_logits_on_cpu gives the same, faster. To step through the plain one,
+        # set on_cpu = False.
         on_cpu = x.device.type == "cpu"
         compute = self.cluster_logits_on_cpu if on_cpu else self.cluster_logits
         logits = compute(x.flatten(0, 1), coarse.flatten())  # (B*T, S)

@@ -30,8 +30,8 @@ from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 # isort: off
-from tokenizer import WRITTEN_BY, autocast, learning_rate, load, load_tokenizer
-from tokenizer import psnr, reconstruct, restore, save, to_float
+from tokenizer import WRITTEN_BY, autocast, learning_rate, load, psnr, reconstruct
+from tokenizer import restore, save, to_float
 from tokenizer import command_line, fail, number, pick_device, run
 from cluster import swapped_images
 from ar_model import Sampling, mean_loss
@@ -300,7 +300,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     sets = sample_sets(args.out, device)
-    vqvae, artifact = load_tokenizer(args.out, device)
+    _, models, artifacts = sets[0]
+    vqvae, artifact = models.vqvae, artifacts["vqvae"]
     ids = {"codebook_id": artifact["codebook_id"]}
     tokens = load(args.out, "tokens.pt", **ids)
     clusters = load(args.out, "clusters.pt", **ids)

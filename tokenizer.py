@@ -116,7 +116,7 @@ class VQVAE(nn.Module):
         from_codes = nn.Conv2d(d, width, 3, padding=1)
         self.encoder = nn.Sequential(*downs, nn.SiLU(), to_codes)
         self.decoder = nn.Sequential(from_codes, ResBlock(width), *reversed(ups))
-        # Buffers, not parameters: the codes get no gradient, update_codebook moves them.
+        # Buffers, not parameters: update_codebook moves them, and no gradient does.
         codes = F.normalize(torch.randn(config.codebook_size, d), dim=1)
         self.register_buffer("codebook", codes)  # (K, d)
         # For each code, the exponential moving average (EMA) of the number of vectors
@@ -186,8 +186,9 @@ class VQVAE(nn.Module):
         code becomes the direction of the EMA of the sum of its vectors, so there is no
         division by the count. A code is dead if the EMA of its count is below
         dead_below times the mean count. It is re-initialised to a random vector of z
-        and the mean count, so that it has time to be chosen. Without that, only half of the 4096 codes are ever used: the others start too
-        far from all vectors to be chosen.
+        and the mean count, so that it has time to be chosen. Without that, half of the
+        4096 codes occur in no test image: they start too far from all vectors to be
+        chosen.
         """
         vectors, fine = as_rows(z), fine.flatten()  # (B*T, d), (B*T,)
         ones = torch.ones(len(fine), device=z.device)
@@ -836,6 +837,7 @@ def number(kind, least, most=1e9):
     """An argparse type: a number of this kind, int or float, from least to most."""
 
     def parse(text):
+        """The number that text is; fails if it is out of range."""
         value = kind(text)
         if not least <= value <= most:  # nan, too
             message = f"{text} is not in {least:g} .. {most:g}"

@@ -114,8 +114,9 @@ def check_samples(models, y, size, seed, stage1, stage2, images, coarse, fine):
 # --------------------------------------------------------------- From classes to pixels
 
 
-def check_sample_images(out, name):
-    models, _ = load_models(out, name, CPU)
+@pytest.mark.parametrize("name", FILES)
+def test_from_classes_to_pixels(trained, name):
+    models, _ = load_models(trained, name, CPU)
     models.vqvae.codebook.mul_(20)  # pixels far beyond -1..1, which must be clipped
     gradients = []
     watch = lambda *_: gradients.append(torch.is_grad_enabled())
@@ -125,14 +126,6 @@ def check_sample_images(out, name):
     handle.remove()
     check_samples(models, y, 4, 3, SOME, FINE_SOME, *found)
     assert not any(gradients), "no gradients are needed"
-
-
-def test_coarse_then_fine_then_pixels(trained):
-    check_sample_images(trained, "ctf")
-
-
-def test_the_baseline_samples_fine_labels_directly(trained):
-    check_sample_images(trained, "baseline")
 
 
 def test_batches_continue_with_the_same_generator_and_are_timed(trained, monkeypatch):

@@ -165,8 +165,7 @@ sampling, 20: sample_images in sample.py
 CTF, figure 1c
 Sample the coarse labels, then the fine labels, and decode them; the baseline samples
 the fine labels directly.
-    test_coarse_then_fine_then_pixels
-    test_the_baseline_samples_fine_labels_directly
+    test_from_classes_to_pixels
 
 frechet-distance, 25: frechet_distance in evaluate.py
 FID (Heusel et al. 2017), equation 6

@@ -178,7 +178,9 @@ def test_every_command_of_every_name_is_known_to_its_script(call, tmp_path, caps
         if name == "photographs" or data not in ("digits", "photographs"):
             base, data = name, "photographs" if name == "photographs" else "digits"
         record += f"suffix=_{data}; settings_{data}; {base}\n"
-    record = subprocess.check_output(["bash", "-c", functions + record], text=True)
+    record = subprocess.check_output(
+        ["bash", "-c", functions + record], text=True, cwd=tmp_path
+    )
     commands = sorted(set(record.splitlines()))
     assert len(commands) > 100
     for command in commands:
