@@ -397,8 +397,6 @@ def main(argv=None):
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, {V} {args.labels} labels, on {device}")
     print(f"a uniform guess has a loss of ln {V} = {math.log(V):.3f} nats")
-    if args.compile:
-        model.compile()
 
     first = checkpoint["step"]
     bar = tqdm(range(first, args.steps), path.stem, args.steps, initial=first)
@@ -418,7 +416,6 @@ def main(argv=None):
     title = f"{path.name}: predicting the next of {V} {args.labels} labels"
     plot_curves(path.with_suffix(".png"), title, checkpoint["history"], math.log(V))
     print(f"wrote {path.name} and {path.stem}.png to {args.out}")
-    print(f"{checkpoint['seconds']:.0f} s of training")
 
 
 def plot_curves(path, title, history, guess):

@@ -188,9 +188,6 @@ def main(argv=None):
     coarse = model.code_to_cluster[test_set.x]  # (N, T)
     guess = g.bincount().to(device)[coarse].log().mean().item()
     print(f"a uniform guess within the cluster has a loss of {guess:.3f} nats")
-    if args.compile:  # only the blocks: on a CPU the shapes after them vary
-        for block in model.blocks:
-            block.compile()
 
     first = checkpoint["step"]
     bar = tqdm(range(first, args.steps), "fine", args.steps, initial=first)
@@ -210,7 +207,6 @@ def main(argv=None):
     title = f"fine.pt: predicting the code within its cluster (K = {K}, M = {M})"
     plot_curves(args.out / "fine.png", title, checkpoint["history"], guess)
     print(f"wrote fine.pt and fine.png to {args.out}")
-    print(f"{checkpoint['seconds']:.0f} s of training")
 
 
 if __name__ == "__main__":

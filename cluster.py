@@ -181,8 +181,6 @@ def main(argv=None):
     print(f"{M} clusters of {sizes.min()} to {sizes.max()} codes")
     steps = f"{len(inertia)} steps, best of {args.restarts} runs"
     print(f"inertia {inertia[0]:.1f} -> {inertia[-1]:.1f} in {steps}")
-    share = inertia[-1] / ((codebook - codebook.mean(axis=0)) ** 2).sum()
-    print(f"{share:.1%} of the variance of the codebook is within clusters")
 
     rng = np.random.default_rng(args.seed)
     # The control: clusters of the same sizes with random codes.

@@ -282,9 +282,6 @@ def main(argv=None):
     device = pick_device(args.device)
     path = args.out / "tokenizer.pt"
     earlier = earlier_run(path, args)
-    out = args.out.resolve()
-    if args.data not in DATA_SETS and Path(args.data).resolve() in (out, *out.parents):
-        fail(f"--out {args.out} lies in --data {args.data}: choose another folder")
     train_set, test_set, class_names = read_images(args.data, args.image_size)
     # So that the first n images are a fair sample of all classes.
     train_set, test_set = interleave(train_set), interleave(test_set)
@@ -300,8 +297,6 @@ def main(argv=None):
     optimizer = adamw(model)
     checkpoint = start(earlier, model, optimizer, args, images_id=images_id)
     train_set, test_set = train_set.to(device), test_set.to(device)
-    if args.compile:
-        model.compile()
 
     first = checkpoint["step"]
     bar = tqdm(range(first, args.steps), "tokenizer", args.steps, initial=first)
@@ -344,7 +339,6 @@ def main(argv=None):
     title = f"PSNR of all test images: {quality:.1f} dB"
     plot_rows(args.out / "tokenizer.png", title, rows)
     print(f"wrote images.pt, tokenizer.pt, tokens.pt and tokenizer.png to {args.out}")
-    print(f"{checkpoint['seconds']:.0f} s of training")
 
 
 # ------------------------------------------------------------------------------- Images
@@ -470,12 +464,10 @@ def read_image(path):
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            if image.mode[0] in "IF":  # grey with more than 8 bits: PIL would clip it
-                x = np.asarray(image)
-                if image.mode.startswith("I;16"):
-                    x = x / 257  # from 0..65535 to 0..255
-                elif (x != x.clip(0, 255).round()).any():
-                    raise ValueError("its values are not integers in 0..255")
+            if image.mode in ("I", "F"):
+                raise ValueError("it is grey with 32 bits per pixel")
+            if image.mode.startswith("I;16"):  # grey with 16 bits: PIL would clip it
+                x = np.asarray(image) / 257  # from 0..65535 to 0..255
                 image = Image.fromarray(x.round().astype(np.uint8))
             if image.has_transparency_data:
                 white = Image.new("RGBA", image.size, "white")
@@ -653,8 +645,7 @@ def start(earlier, model, optimizer, args, **ids):
     save_checkpoint adds model and optimizer, their states, and weights_id.
     """
     # What may change when a run is resumed. (The data are known by their images_id.)
-    free = ["out", "data", "device", "save_every", "keep", "compile"]
-    free += ["resume", "overwrite"]
+    free = "out", "data", "device", "save_every", "keep", "resume", "overwrite"
     settings = {k: v for k, v in vars(args).items() if k not in free} | ids
     if earlier is None:
         history = {"loss": [], "test": []}
@@ -827,7 +818,6 @@ def add_training_flags(parser, steps, batch_size, lr):
     add("--lr", type=number(float, 1e-9), default=lr, help="peak learning rate")
     what = "steps between evaluations and saves"
     add("--save-every", type=number(int, 1), default=200, help=what)
-    add("--compile", action="store_true", help="use torch.compile: for long GPU runs")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="continue the run in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")

@@ -6,11 +6,11 @@ import importlib
 import io
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import pytest
 import torch
 from conftest import ROOT, SIZES, contents, ctrl_c, edit, error_of, on_backward
@@ -282,32 +282,22 @@ def test_an_old_terminal_shows_what_it_can(monkeypatch):
     assert terminal.getvalue().split() == [b"classes", b"?,", b"b"]
 
 
-DRAW = """
-import pathlib, sys
-sys.path.insert(0, sys.argv[1])
-import evaluate, matplotlib, tokenizer  # evaluate imports all scripts
-with tokenizer.picture(pathlib.Path(sys.argv[2]), 4, 3) as figure:
-    ax = figure.subplots()
-    ax.imshow([[0, 1], [2, 3]])
-    ax.set(title="$x_", xlabel="$\\\\frac$ $b^c$", ylabel="\u732b")  # literally
-settings = {**matplotlib.rc_params()}  # of the user
-del settings["backend"]  # chosen when it is first used
-assert {name: matplotlib.rcParams[name] for name in settings} == settings
-"""
-
-
 @pytest.mark.filterwarnings("ignore:Glyph")  # the font lacks it: a box is drawn
 def test_pictures_and_settings_of_matplotlib_are_independent(tmp_path, monkeypatch):
     """Pictures do not depend on a matplotlibrc. Scripts do not change the settings of a
-    notebook that imports them."""
+    notebook that imports them: conftest.py has imported all."""
     monkeypatch.undo()  # quick_pictures
-    paths = [tmp_path / name for name in ("here.png", "there.png")]
-    commands = [[str(tmp_path / "draw.py"), str(ROOT), str(path)] for path in paths]
-    (tmp_path / "draw.py").write_text(DRAW, "utf-8")
-    monkeypatch.setattr(sys, "argv", commands[0])
-    runpy.run_path(commands[0][0])
-    settings = "text.usetex: True\nimage.origin: lower\nfont.size: 20\n"
-    (tmp_path / "matplotlibrc").write_text(settings)
-    subprocess.run([sys.executable, *commands[1]], check=True, cwd=tmp_path)
-    here, there = (path.read_bytes() for path in paths)
-    assert here == there and len(here) > 2000
+
+    def draw(name):
+        with tokenizer.picture(tmp_path / name, 4, 3) as figure:
+            ax = figure.subplots()
+            ax.imshow([[0, 1], [2, 3]])
+            ax.set(title="$x_", xlabel="$\\frac$ $b^c$", ylabel="猫")  # literally
+        return (tmp_path / name).read_bytes()
+
+    here, of_user = draw("here.png"), dict(matplotlib.rc_params())
+    del of_user["backend"]  # chosen when it is first used
+    assert {name: matplotlib.rcParams[name] for name in of_user} == of_user
+    other = {"text.usetex": True, "image.origin": "lower", "font.size": 20}
+    with matplotlib.rc_context(other):
+        assert draw("there.png") == here and len(here) > 2000

@@ -367,7 +367,6 @@ def test_each_row_has_its_own_images_and_classes(trained):
         bits = evaluate.bits_per_token(used, fine, y)
         assert [row["bits_per_token"], *row["bits_per_stage"]] == [sum(bits), *bits]
     wanted = {"data": "pets", "num_samples": N, "num_real": 24, "device": "cpu"}
-    wanted["images_id"] = "the-images"
     wanted |= {"clusters": "kmeans", "judge_steps": 2, "seed": 5}
     wanted["images_id"] = "the-images"
     wanted["judge_accuracy"] = (logits.argmax(axis=1) == y.numpy()).mean()
