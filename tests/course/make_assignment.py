@@ -12,10 +12,11 @@ in one sentence what to do. Then the tests that the table names fail. Tests of l
 scripts may fail too, but they give no points.
 
 Which exercises were set is recorded in homework.exercises, beside the copy. Students
-get the copy only, so they cannot change the record. --grade DIR reads DIR.exercises. If
-there is none, it reads the only such file in the nearest folder above DIR that has one
-(~/homework.exercises for ~/submissions/anna), and prints which file that is. Exactly
-these exercises count, whatever the submission contains. --exercise replaces the record.
+get the copy only, so they cannot change the record. --grade DIR reads the only file
+called *.exercises in the folders above DIR (~/homework.exercises for
+~/submissions/anna). If there are two, perhaps one from a student's archive, it grades
+nothing. So keep each assignment in a folder of its own. Exactly these exercises count,
+whatever the submission contains. --exercise replaces the record.
 
 --grade runs each exercise in its own process with a time limit: the submitted script of
 the exercise with our other scripts and tests. So an error in one script costs only the
@@ -317,15 +318,10 @@ def write_assignment(folder, names):
 
 def exercises_set(folder):
     """The recorded exercises (see above) that count for the submission in folder."""
-    folder, records = folder.resolve(), []
-    for above in folder.parents:
-        records = sorted(above.glob("*.exercises"))
-        own = above / f"{folder.name}.exercises"
-        records = [own] if own in records else records
-        if records:
-            break
+    folder = folder.resolve()
+    records = [p for above in folder.parents for p in above.glob("*.exercises")]
     if len(records) != 1:
-        found = ", ".join(map(str, records)) or f"no {folder}.exercises"
+        found = ", ".join(sorted(map(str, records))) or f"no {folder}.exercises"
         which = f"which exercises were set? Found {found}: name them with --exercise"
         raise SystemExit(f"error: nothing graded: {which}")
     names = list(dict.fromkeys(records[0].read_text("utf-8").split()))

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import make_assignment
 import pytest
@@ -126,7 +127,7 @@ def hw(tmp_path, monkeypatch):
 def graded(folder, *flags):
     """The points of each exercise, and the reasons."""
     main(["--grade", str(folder), *flags])
-    results = json.loads((folder.parent / "results.json").read_text())["tests"]
+    results = json.loads(Path("results.json").read_text())["tests"]
     for result in results:
         assert result["max_score"] == {"doubling": 4, "halving": 1}[result["name"]]
         passed = result["score"] == result["max_score"]
@@ -145,15 +146,17 @@ def test_the_exercises_that_were_set_decide_the_total(hw, capsys):
     (hw / "ar_model.py").write_text("a syntax error: in another script\n")
     (hw / "cluster.py").write_text("from mine import double, half\n")
     (hw / "mine.py").write_text(SOLVED.replace("2 * x", "0 * x"))
-    (hw / "../other.exercises").write_text("halving\n")
     assert graded(hw)[0] == [2]
-    # A submission with another name: the record is in a folder above.
+    # A submission in a folder of its own: the record is in a folder above.
     (hw / "mine.py").write_text(SOLVED)
-    anna = hw.rename(hw.with_name("anna"))
-    with pytest.raises(SystemExit, match="name them with --exercise"):
-        graded(anna)
-    (anna / "../other.exercises").unlink()
+    (hw / "../submissions").mkdir()
+    anna = hw.rename(hw.parent / "submissions" / "anna")
     assert graded(anna)[0] == [4]
+    for planted in ("submissions/anna.exercises", "zero.exercises"):
+        (hw.parent / planted).write_text("halving\n")
+        with pytest.raises(SystemExit, match=f"{planted}.*: name them with --exercise"):
+            graded(anna)
+        (hw.parent / planted).unlink()
     assert graded(anna, "--exercise", "doubling", "halving", "halving")[0] == [4, 1]
     assert "all                      5 of 5" in capsys.readouterr().out
 
