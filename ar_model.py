@@ -5,7 +5,8 @@ labels (arXiv 2503.16194, figure 1c). The Transformer is LlamaGen's (arXiv 2406.
 It differs from that of "Attention is all you need" in this:
 - pre-norm: a layer adds attention(norm(x)) to x, and then mlp(norm(x)).
 - RMSNorm: x / sqrt(mean(x^2)) times a learnt gain. No mean is subtracted.
-- SwiGLU in place of ReLU: W3 (silu(W1 x) * (W2 x)), with silu(a) = a sigmoid(a).
+- SwiGLU in place of ReLU: down(silu(gate(x)) * up(x)) with three matrices, and
+  silu(a) = a sigmoid(a).
 - 2D rotary positions: nothing is added to the embeddings. Queries and keys are rotated
   (rotary_table).
 - no biases, no dropout; the embedding and the head do not share their weights; the
@@ -82,8 +83,8 @@ def rotary_table(grid, head_dim, base=10_000):
     gets to position T, the last token: nothing is predicted after it. Stage 2 does.
     """
     h, w = grid
-    n = head_dim // 4  # head_dim / 2 pairs, half of them for the row
-    frequencies = base ** -(torch.arange(n) / n)  # (head_dim / 4,), 1 and below
+    quarter = head_dim // 4  # head_dim / 2 pairs, half of them for the row
+    frequencies = base ** -(torch.arange(quarter) / quarter)  # 1 and below
     row = torch.arange(h).repeat_interleave(w)  # (T,): for a 2x3 grid 0 0 0 1 1 1
     column = torch.arange(w).repeat(h)  # (T,): 0 1 2 0 1 2
     row_angles = row[:, None] * frequencies  # (T, head_dim / 4)
@@ -109,9 +110,9 @@ class Cache:
         """Append k and v (B, heads, n, head_dim); return the keys and values of all
         tokens so far, each (B, heads, tokens so far, head_dim).
 
-        n may be more than one (generate appends one at a time). The results have the
-        dtype of k and v, which is bfloat16 under autocast. No more than capacity tokens
-        may be appended in total.
+        generate appends one token at a time (n = 1), the tests several. The results
+        have the dtype of k and v, which is bfloat16 under autocast. No more than
+        capacity tokens may be appended in total.
         """
         if self.kv is None:  # allocated once: torch.cat would copy it for every token
             B, heads, _, head_dim = k.shape
@@ -147,9 +148,9 @@ class Block(nn.Module):
 
         self.qkv gives the queries of all heads, then their keys, then their values;
         self.gate_up gives the gate, then up. Keys are rotated before they are cached.
-        With a cache, x are the tokens that follow those in the cache: a single token,
-        or several if the cache is empty. (is_causal compares the indices of a query and
-        a key, so both must start at the same token.)
+        With a cache, x is the next token (generate), or several if the cache is empty
+        (the tests): is_causal compares the indices of a query and a key, so both must
+        start at the same token.
         """
         B, n, dim = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(B, n, 3, self.heads, -1)
@@ -307,7 +308,8 @@ def with_null(y, model):
     return torch.cat([y, torch.full_like(y, model.config.num_classes)])
 
 
-# Not inference_mode: there, autocast would cast all weights again for every token.
+# Not inference_mode: in it, autocast does not keep its bfloat16 copies of the weights,
+# and would make them again for every token.
 @torch.no_grad()
 def generate(model, y, generator, sampling):
     """Sample T tokens one by one: classes y (B,) -> tokens int64 (B, T).

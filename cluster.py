@@ -3,7 +3,7 @@
 The observation behind CTF (arXiv 2503.16194, figures 1a and 1b): a large codebook is
 redundant. Replace every token of an image by a random code from the same cluster, and
 the image stays recognisable. With random clusters it does not. So the cluster of a
-token carries most of the information, and can be predicted first.
+token decides most of what one sees, and can be predicted first.
 
     python cluster.py                                      # k-means, M = 128
     python cluster.py --out out/random --method random     # the paper's control
@@ -36,7 +36,8 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
     """Lloyd's algorithm: minimise the inertia, the sum of squared distances of the rows
     of x (n, d) to the centroids of their clusters.
 
-    It starts from init (k, d), which is not modified, or from k-means++ with seed. A
+    It starts from init (k, d), which is not modified, or from k-means++ with seed,
+    which may be anything that np.random.default_rng takes. A
     step assigns each row to its nearest centroid and moves every centroid to the mean
     of its rows. An empty cluster first takes the row that is farthest from its
     centroid, out of a cluster of two or more rows. The algorithm ends when no

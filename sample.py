@@ -128,10 +128,9 @@ def name_of(samples):
     """How a sample file was made, in words: "CTF, argmax fine labels, guidance 2", and
     the other settings that differ from the defaults."""
     stage1, stage2 = samples["stage1"], samples["stage2"]
-    words = ["baseline", f"guidance {stage1['cfg_scale']:g}"]
-    if stage2:
-        how = "argmax" if stage2["top_k"] == 1 else "sampled"
-        words[:1] = ["CTF", f"{how} fine labels"]
+    how = "argmax" if stage2.get("top_k") == 1 else "sampled"
+    words = ["CTF", f"{how} fine labels"] if stage2 else ["baseline"]
+    words.append(f"guidance {stage1['cfg_scale']:g}")
     for name in ("temperature", "top_k", "top_p"):
         if stage1[name] != getattr(STAGE1, name):
             words.append(f"{name} {stage1[name]:g}")
@@ -183,7 +182,7 @@ def main(argv=None):
     tokens = load(args.out, "tokens.pt", **ids)
     class_names = tokens["class_names"]
     y = choose_classes(args.classes, args.num_samples, tokens["test"].y, class_names)
-    if args.export:
+    if args.export:  # what is missing is missed before the sampling
         real = load(args.out, "images.pt", images_id=ids["images_id"])["test"]
     images, coarse, fine, speed = sample_batches(
         models, y, args.seed, stage1, stage2, args.batch_size

@@ -31,7 +31,7 @@ Axis legend of all files: B batch, N images, T tokens, H W pixels, h w token gri
 codes, M clusters, S codes in the largest cluster, d code dimension, V vocabulary of the
 model at hand, D features of the judge, n any number of rows; N' is the size of a second
 set. y is the class of an image: what the image shows. A label is always the label of a
-token.
+token. In code, tokens is a tensor of labels.
 """
 
 import argparse
@@ -196,7 +196,8 @@ class VQVAE(nn.Module):
         sums = torch.zeros_like(self.moving_sum).index_add_(0, fine, vectors)  # (K, d)
         self.moving_count.lerp_(counts, 1 - decay)
         self.moving_sum.lerp_(sums, 1 - decay)
-        # Each code gets a candidate; only the dead ones use it.
+        # Each code gets a candidate; only the dead ones use it. Its sum is the mean
+        # count times this vector, as if the code had been chosen for it that often.
         mean = self.moving_count.mean()
         is_dead = self.moving_count < dead_below * mean  # (K,)
         chosen = torch.from_numpy(rng.integers(len(vectors), size=len(is_dead)))
@@ -205,12 +206,6 @@ class VQVAE(nn.Module):
         self.moving_count.copy_(torch.where(is_dead, mean, self.moving_count))
         self.moving_sum.copy_(new_sum)
         self.codebook.copy_(F.normalize(new_sum, dim=1))
-
-    def perplexity(self):
-        """The effective number of codes, exp(entropy of their shares), from the EMA
-        counts: K if all codes are chosen equally often, 1 if only one is chosen."""
-        share = (self.moving_count / self.moving_count.sum()).cpu()
-        return torch.special.entr(share).sum().exp().item()  # entr: -p ln p
 
 
 def as_rows(z):
@@ -245,6 +240,13 @@ def reconstruct(model, fine):
     return torch.cat([to_uint8(model.decode(z_q)) for z_q in codes])
 
 
+def perplexity(fine):
+    """The effective number of codes in fine labels of any shape, exp(entropy of their
+    shares): n if n codes occur equally often, 1 if only one occurs."""
+    share = fine.cpu().flatten().bincount() / fine.numel()
+    return torch.special.entr(share).sum().exp().item()  # entr: -p ln p
+
+
 def psnr(images, others):
     """Peak signal-to-noise ratio in dB, mean over images; uint8 (N, H, W, 3)."""
     pairs = zip(images.split(10), others.split(10))  # floats need 4 times the memory
@@ -270,7 +272,7 @@ def parse_args(argv):
     add("--codebook-size", type=positive, default=default.codebook_size, help="K")
     add("--code-dim", type=positive, default=default.code_dim, help="d")
     add_training_flags(parser, steps=600, batch_size=128, lr=2e-3)
-    parser.set_defaults(keep=0)  # --keep is a flag of stages 1 and 2 (ar_model.py)
+    parser.set_defaults(keep=0)  # for record: only stages 1 and 2 have the flag --keep
     args = parser.parse_args(argv)
     if args.image_size % args.downsample:
         parser.error(f"--image-size must be a multiple of {args.downsample}")
@@ -285,7 +287,7 @@ def main(argv=None):
     train_set, test_set, class_names = read_images(args.data, args.image_size)
     # So that the first n images are a fair sample of all classes.
     train_set, test_set = interleave(train_set), interleave(test_set)
-    images_id = short_hash(*train_set, *test_set)  # load refuses other images
+    images_id = short_hash(*train_set, *test_set)  # later scripts refuse other images
     counts = f"{len(train_set.x)} + {len(test_set.x)} images"
     names = ", ".join(class_names[:10])
     print(f"{args.data}: {counts}, {len(class_names)} classes ({names}), on {device}")
@@ -295,6 +297,7 @@ def main(argv=None):
     config = VQVAEConfig(*sizes, args.codebook_size, args.code_dim)
     model = VQVAE(config).to(device)
     optimizer = adamw(model)
+    # A dict: config, settings, step, seconds, history, ids. start lists its keys.
     checkpoint = start(earlier, model, optimizer, args, images_id=images_id)
     train_set, test_set = train_set.to(device), test_set.to(device)
 
@@ -315,8 +318,9 @@ def main(argv=None):
         if record(checkpoint, loss, norm, began, bar, args):
             some = test_set.x[:1000]
             with autocast(device):
-                quality = psnr(some, reconstruct(model, tokenize(model, some)))
-            scores = {"psnr": quality, "perplexity": model.perplexity()}
+                fine = tokenize(model, some)
+                quality = psnr(some, reconstruct(model, fine))
+            scores = {"psnr": quality, "perplexity": perplexity(fine)}
             checkpoint["codebook_id"] = short_hash(model.codebook)
             save_checkpoint(path, model, optimizer, checkpoint, args, scores)
 
@@ -605,7 +609,8 @@ def copy_due(step, args):
     """Which of the --keep evenly spaced copies is due after this step; 0 if none is.
     With --keep 3 in 600 steps: 1, 2, 3 after steps 200, 400, 600."""
     index, rest = divmod(step * args.keep, args.steps)
-    return index if rest < args.keep else 0
+    is_first = rest < args.keep  # the first step with this index
+    return index if is_first else 0
 
 
 def copies(path):

@@ -128,12 +128,11 @@ def test_codes_are_found_in_float32_under_autocast(model):
     assert torch.equal(fine, model.quantize(z)[1]) and commitment.dtype == torch.float32
 
 
-def test_perplexity_is_the_exponential_of_the_entropy(model):
-    assert model.perplexity() == pytest.approx(24)  # a new codebook: equal shares
-    counts = torch.tensor([0.09] * 3 + [0.11] * 4 + [0.0] * 5 + [1.8] * 11 + [3.49])
-    model.moving_count.copy_(7 * counts)
-    wanted = math.exp(entropy(counts.double().numpy()))
-    assert model.perplexity() == pytest.approx(wanted)
+def test_perplexity_is_the_exponential_of_the_entropy():
+    counts = torch.tensor([9, 0, 1, 40, 0, 17, 17, 0])  # of 84
+    fine = torch.arange(8).repeat_interleave(counts).view(7, 12)
+    wanted = math.exp(entropy(counts.numpy()))
+    assert tokenizer.perplexity(fine) == pytest.approx(wanted)
 
 
 def test_pixels_and_their_psnr():
@@ -257,7 +256,7 @@ def test_tokens_and_scores_are_those_of_the_last_weights(ran):
     assert ran.tokens["codebook_size"] == 20 and tuple(ran.tokens["grid"]) == (8, 8)
     quality = tokenizer.psnr(images, tokenizer.reconstruct(ran.model, fine))
     last = [run["history"]["test"][-1][n] for n in ("psnr", "perplexity")]
-    assert last == pytest.approx([quality, ran.model.perplexity()])
+    assert last == pytest.approx([quality, tokenizer.perplexity(fine)])
     assert ".: 18 + 14 images, 3 classes (ant, bee, cat), on cpu" in ran.printed
     share = len(set(fine.flatten().tolist())) / 20
     assert f"test images: {quality:.2f} dB, {share:.1%} of the codes" in ran.printed

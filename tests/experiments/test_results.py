@@ -59,7 +59,8 @@ def test_mean_and_standard_deviation_over_runs(tmp_path):
 | baseline, 4 steps | 6.00 ± 2.65 | 16.00 ± 2.65 | 6.0 ± 2.6% | 0.120 ± 0.053 | \
 0.150 ± 0.066 | 23.00 | 3000 |
 
-16 images per row against 24 test images of pets; mean ± standard deviation of 3 runs."""
+16 images per row against 24 test images of pets (precision and recall: 16); \
+mean ± standard deviation of 3 runs."""
     )
 
 
