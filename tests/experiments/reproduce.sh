@@ -46,8 +46,8 @@ END
 
 # The grids to choose from, and what the tables of rates_* and sampling_* chose on seed
 # 0. A grid is extended until the best lies inside it.
-RATES="5e-4 2e-3"                  # stage 1 and the baseline; 1e-3 is the default
-RATES_STAGE2="5e-4 1e-3 2e-3 4e-3" # 3e-3 is the default
+RATES="5e-4 2e-3 4e-3"                # stage 1 and the baseline; 1e-3 is the default
+RATES_STAGE2="5e-4 1e-3 2e-3 4e-3 8e-3" # 3e-3 is the default
 RATES_K="1e-3 2e-3 4e-3 8e-3"
 TEMPERATURES="0.4 0.5 0.6 0.7 0.8 0.9 1 1.1 1.2"
 MANY="--num-samples 5000"
