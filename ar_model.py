@@ -149,8 +149,7 @@ class Block(nn.Module):
         self.qkv gives the queries of all heads, then their keys, then their values;
         self.gate_up gives the gate, then up. Keys are rotated before they are cached.
         With a cache, x is the next token (generate), or several if the cache is empty
-        (the tests): is_causal compares the indices of a query and a key, so both must
-        start at the same token.
+        (the tests): is_causal aligns the first query with the first key.
         """
         B, n, dim = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(B, n, 3, self.heads, -1)

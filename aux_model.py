@@ -13,7 +13,7 @@ minutes; 28% of the fine labels of 1,000 test images are predicted correctly.
 
 The model treats fine labels as conditionally independent given the coarse labels:
 p(q | c, y) is a product over tokens. That is tolerable since the codes of a cluster
-look alike: whichever is sampled, the image changes little. The bits per token
+look alike: whichever is sampled, the image stays recognisable. The bits per token
 (evaluate.py) include what it costs. Training uses the coarse labels of real images.
 Sampling uses those of stage 1, with its mistakes: stage 2 never learns to mend them.
 
@@ -21,7 +21,7 @@ The example image of tokenizer.py: the input is class 0 and its 64 coarse labels
 8, 8, 53, ... The output is logits (64, S), where S = 111 is the size of the largest
 cluster. Row 27 has cluster 38, with 99 codes; its last 12 logits are masked. The model
 has seen all 64 coarse labels. It gives the right answer, code 1780, a probability of
-0.053, which costs 2.93 nats; it prefers code 1235, with 0.090. A uniform guess within
+0.0532, which costs 2.93 nats; it prefers code 1235, with 0.090. A uniform guess within
 the cluster costs ln 99 = 4.60 nats.
 """
 

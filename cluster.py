@@ -1,7 +1,7 @@
 """The clusters: a map g from fine labels to coarse labels, by k-means on the codebook.
 
 The observation behind CTF (arXiv 2503.16194, figures 1a and 1b): a large codebook is
-redundant. Replace every token of an image by a random code from the same cluster, and
+redundant. Replace the code of every token by a random one from the same cluster, and
 the image stays recognisable. With random clusters it does not. So the cluster of a
 token decides most of what one sees, and can be predicted first.
 
@@ -10,7 +10,8 @@ token decides most of what one sees, and can be predicted first.
 
 k-means uses Euclidean distances. For unit vectors |a - b|^2 = 2 - 2 a.b: near means a
 large dot product, and the tokenizer chooses codes by the dot product, too. (A centroid
-is a mean of unit vectors. It lies inside the sphere.)
+is a mean of unit vectors. It lies inside the sphere, so its length counts in the
+distance.)
 
 Reads images.pt, tokenizer.pt and tokens.pt; writes clusters.pt (code_to_cluster is g)
 and clusters.png (figure 1b). It takes seconds.

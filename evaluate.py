@@ -38,7 +38,7 @@ from ar_model import Sampling, mean_loss
 from aux_model import mean_fine_loss, predict_fine
 from sample import FILES, load_models, name_of, weights_of
 
-# ------------------------------ The metrics: pure functions of numpy arrays, in float64
+# ------------------------------------------ The metrics: pure functions, in float64
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -86,16 +86,17 @@ def precision_recall(real, fake, k=3):
 
     real (N, D) and fake (N', D), float64 arrays, at least two rows each. Precision is
     the share of fake covered by real, recall the share of real covered by fake: two
-    floats. The tables of distances take 8 N N' bytes.
+    floats. A table of distances takes 8 bytes for each pair of rows.
     """
     real, fake = torch.from_numpy(real), torch.from_numpy(fake)
     return covered(fake, real, k), covered(real, fake, k)
 
 
 def covered(points, members, k):
-    """The share, a float, of points (N, D) within the radius of at least one of members
-    (N', D), or on its edge. The radius of a member is the distance to its k-th nearest
-    neighbour in members (the farthest, if there are fewer than k others)."""
+    """The share, a float, of points, a tensor (N, D), within the radius of at least one
+    of members, a tensor (N', D), or on its edge. The radius of a member is the distance
+    to its k-th nearest neighbour in members (the farthest, if there are fewer than k
+    others)."""
     nearest = distances(members, members).topk(min(k + 1, len(members)), largest=False)
     radius = nearest.values[:, -1]  # (N',). The first of k + 1 is the member itself.
     hits = (distances(points, members) <= radius).any(dim=1)  # (N,)
@@ -310,7 +311,7 @@ def main(argv=None):
     for samples, *_ in sets:
         C, pair = len(images["class_names"]), (samples["classes"], test_set.y)
         share, test_share = (y.bincount(minlength=C) / len(y) for y in pair)
-        # An image that changes its class counts twice, so this is a tenth of them.
+        # 0.2 is a tenth of the images: what one class lacks, another has too many.
         if (share - test_share).abs().sum() > 0.2:
             print(f"warning: {name_of(samples)} has other shares of the classes than")
             print("the test images: that alone raises the distance")

@@ -182,7 +182,7 @@ def main(argv=None):
     tokens = load(args.out, "tokens.pt", **ids)
     class_names = tokens["class_names"]
     y = choose_classes(args.classes, args.num_samples, tokens["test"].y, class_names)
-    if args.export:  # what is missing is missed before the sampling
+    if args.export:  # before the sampling: the file may be missing
         real = load(args.out, "images.pt", images_id=ids["images_id"])["test"]
     images, coarse, fine, speed = sample_batches(
         models, y, args.seed, stage1, stage2, args.batch_size

@@ -31,7 +31,7 @@ Axis legend of all files: B batch, N images, T tokens, H W pixels, h w token gri
 codes, M clusters, S codes in the largest cluster, d code dimension, V vocabulary of the
 model at hand, D features of the judge, n any number of rows; N' is the size of a second
 set. y is the class of an image: what the image shows. A label is always the label of a
-token. In code, tokens is a tensor of labels.
+token. Arguments called tokens are the labels of all tokens, row by row.
 """
 
 import argparse
@@ -428,7 +428,7 @@ def find_images(root):
     """([training pairs, test pairs], class names). A pair: (file, class number)."""
     splits = {path.name.lower(): class_files(path) for path in visible(root)}
     train = splits.get("train")
-    test = splits.get("test") or splits.get("val")  # a flat test/ has none
+    test = splits.get("test") or splits.get("val")  # {}: no folders of classes
     if not train or not test:  # every tenth file of a class is held out
         train, test = {}, {}
         for name, paths in class_files(root).items():
@@ -481,7 +481,7 @@ def read_image(path):
         fail(f"{path} cannot be used: {error}; remove or convert it")
 
 
-# The text fonts with digits that ship inside matplotlib.
+# Text fonts that ship inside matplotlib.
 GLYPH_FONTS = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
@@ -720,7 +720,7 @@ def load(out, name, mmap=True, **ids):
 
     With mmap, tensors are read when they are used: sampling never reads the states of
     the optimizers. Fails if the file is missing or unreadable, or if its ids
-    (images_id, codebook_id, cluster_id) differ from these.
+    (images_id, codebook_id, cluster_id ...) differ from these.
     """
     path = find(out, name)
     script = WRITTEN_BY[name]
