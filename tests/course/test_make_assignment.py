@@ -29,7 +29,9 @@ def test_an_exercise_keeps_all_but_the_solution(name):
         assert ast.unparse(line) == f"raise NotImplementedError({exercise.task!r})"
 
 
-def test_the_tests_that_the_table_names_exist():
+def test_the_functions_and_tests_that_the_table_names():
+    heads = ["AuxModel.cluster_logits", "AuxModel.cluster_logits_on_cpu"]
+    assert EXERCISES["masked-head"].functions == heads
     for exercise in EXERCISES.values():
         module = importlib.import_module(f"test_{exercise.script}")
         assert [test for test in exercise.tests if not hasattr(module, test)] == []
