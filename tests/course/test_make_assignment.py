@@ -91,9 +91,14 @@ def test_four(four):
     pass
 def test_half():
     assert half(4) == 2
+def test_mute():
+    try:
+        half(4)
+    except NotImplementedError:
+        assert False
 """
 TABLE = """
-doubling, 20: double in cluster.py
+doubling, 25: double in cluster.py
 (source)
 Add x to x.
     test_double
@@ -131,7 +136,7 @@ def graded(folder, *flags):
     main(["--grade", str(folder), *flags])
     results = json.loads(Path("results.json").read_text())["tests"]
     for result in results:
-        assert result["max_score"] == {"doubling": 4, "halving": 1}[result["name"]]
+        assert result["max_score"] == {"doubling": 5, "halving": 1}[result["name"]]
         passed = result["score"] == result["max_score"]
         assert result["status"] == ("passed" if passed else "failed")
     outputs = "\n".join(result["output"] for result in results)
@@ -148,26 +153,26 @@ def test_the_exercises_that_were_set_decide_the_total(hw, capsys):
     (hw / "ar_model.py").write_text("a syntax error: in another script\n")
     (hw / "cluster.py").write_text("from mine import double, half\n")
     (hw / "mine.py").write_text(SOLVED.replace("2 * x", "0 * x"))
-    assert graded(hw)[0] == [2]
+    assert graded(hw)[0] == [2.5]
     # A submission in a folder of its own: the record is in a folder above.
     (hw / "mine.py").write_text(SOLVED)
     (hw / "../submissions").mkdir()
     anna = hw.rename(hw.parent / "submissions" / "anna")
-    assert graded(anna)[0] == [4]
+    assert graded(anna)[0] == [5]
     for planted in ("submissions/anna.exercises", "zero.exercises"):
         (hw.parent / planted).write_text("halving\n")
         with pytest.raises(SystemExit, match=f"{planted}.*: name them with --exercise"):
             graded(anna)
         (hw.parent / planted).unlink()
-    assert graded(anna, "--exercise", "doubling", "halving", "halving")[0] == [4, 1]
-    assert "all                      5 of 5" in capsys.readouterr().out
+    assert graded(anna, "--exercise", "doubling", "halving", "halving")[0] == [5, 1]
+    assert "all                      6 of 6" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("body", "points", "reason"),
     [
-        ("return 2 * x if x > 1 else 0", 2, "test_double: assert 0 == (1 + 1)"),
-        ("return {1: 2, 3: 6, 5: 10}[x]", 2, "test_four: "),  # fails in a fixture
+        ("return 2 * x if x > 1 else 0", 2.5, "test_double: assert 0 == (1 + 1)"),
+        ("return {1: 2, 3: 6, 5: 10}[x]", 2.5, "test_four: "),  # fails in a fixture
         ("__import__('pytest').skip('')", 0, "test_four: "),
         ("breakpoint(); return 2 * x", 0, "stdin is closed"),
         ("raise KeyboardInterrupt", 0, "exit code 2"),
@@ -212,15 +217,16 @@ def test_pytest_tests_works_wherever_the_clone_is(hw):
         (folder / "__init__.py").touch()
     (hw / "cluster.py").write_text(SOLVED)
     command = [sys.executable, "-m", "pytest", "tests", "-q"]
-    assert "5 passed" in subprocess.check_output(command, cwd=hw, text=True)
+    assert "6 passed" in subprocess.check_output(command, cwd=hw, text=True)
 
 
 def test_check_fails_if_tests_do_not_run_or_do_not_fit(hw, capsys, monkeypatch):
     wrong = {"test_half": "", "test_nothing": "not run"}
     wrong |= {"test_four": "needs another exercise", "test_double": "should fail and"}
+    wrong["test_mute"] = "should fail and"  # it does not say what to do
     for test, line in wrong.items():
         table = TABLE.replace("    test_half", f"    {test}")
         monkeypatch.setattr(make_assignment, "EXERCISES", make_assignment.read(table))
         with pytest.raises(SystemExit) as exit_info:
-            main(["--check", "--exercise", "halving"])
+            main(["--check", "--exercise", "halving", "doubling"])
         assert exit_info.value.code == bool(line) and line in capsys.readouterr().out

@@ -103,12 +103,12 @@ def test_runs_that_are_not_alike_are_not_averaged(tmp_path, what, other):
 
 
 def test_a_run_given_twice_and_a_missing_run_are_refused(tmp_path, capsys):
-    a = run(tmp_path / "a", 1)
+    a, c = run(tmp_path / "a", 1), run(tmp_path / "c", 5)
     for other, text in (
         (a / "b", "b/metrics.json is missing"),
         (a / "." / "", "twice"),
     ):
-        assert text in error_of(capsys, results.main, "mean", a, other)[1]
+        assert text in error_of(capsys, results.main, "mean", a, c, other)[1]
 
 
 @pytest.mark.parametrize(
