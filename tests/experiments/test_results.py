@@ -12,7 +12,7 @@ import results
 import scipy.special
 import scipy.stats
 import torch
-from conftest import CLASSES, ROOT, G, K, M, error_of
+from conftest import CLASSES, ROOT, G, K, M, edit, error_of, noisy
 
 import evaluate
 import tokenizer
@@ -143,8 +143,9 @@ def test_comparison_by_welchs_interval_and_the_exact_permutation_test(
 
 
 def test_an_interval_needs_two_runs(tmp_path):
+    of_ctf = run(tmp_path / "b", 2, rows=slice(3))
     with pytest.raises(SystemExit, match="two runs"):
-        results.compare([run(tmp_path / "a", 1)])
+        results.compare([run(tmp_path / "a", 1), of_ctf])
 
 
 def test_loss_is_that_of_the_last_save(tmp_path, capsys):
@@ -165,8 +166,7 @@ def test_loss_is_that_of_the_last_save(tmp_path, capsys):
 
 def with_judge(folder, train=None):
     """folder with classifier.pt; the judge and a function: images -> its features."""
-    torch.manual_seed(0)
-    judge = evaluate.Classifier(CLASSES).eval()
+    judge = noisy(evaluate.Classifier(CLASSES))
     ids = {"images_id": "the-images"}
     torch.save(ids | {"model": judge.state_dict()}, folder / "classifier.pt")
     return judge, lambda images: evaluate.look(judge, images, results.CPU)[0]
@@ -242,6 +242,9 @@ def test_bits_per_coarse_label_against_loops(trained):
 def test_refined_samples_keep_their_coarse_labels(trained, capsys):
     judge, features = with_judge(trained)
     real = features(torch.load(trained / "images.pt", weights_only=True)["test"][0])
+    weights = torch.load(trained / "fine.pt", weights_only=True)["model"]
+    weights["head.weight"] /= 50  # so that the argmax is seldom sampled
+    edit(trained / "fine.pt", model=weights)
     models, made = load_models(trained, "baseline", results.CPU)
     y = torch.arange(24) % CLASSES
     images, _, fine, _ = sample_batches(models, y, 0)
@@ -265,6 +268,7 @@ def test_refined_samples_keep_their_coarse_labels(trained, capsys):
         cells = cells_of(evaluate.score(x, y, judge, real, results.CPU))
         lines.append(f"| {trained} | {name} | {cells} |")
     assert results.refine([trained]).splitlines() == lines
+    assert lines[-1].split("|")[3:] != lines[-2].split("|")[3:]
 
 
 def test_tables_of_results_md_are_what_results_py_prints(monkeypatch, capsys):
@@ -371,11 +375,20 @@ def test_benchmark_prints_a_row_for_each_combination(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "GRID", [4, 4])
     monkeypatch.setitem(benchmark.SIZES, "default", (1, 16, 2))
     monkeypatch.setitem(benchmark.SIZES, "default-aux", (1, 16, 2))
+    generate, scales = benchmark.generate, []
+
+    def watched(model, y, generator, sampling):
+        scales.append(sampling.cfg_scale)
+        return generate(model, y, generator, sampling)
+
+    monkeypatch.setattr(benchmark, "generate", watched)
+    monkeypatch.setattr(benchmark, "compare_cache", lambda *_: None)
     flags = ["--codes", "32", "64", "--clusters", "8", "--batch-sizes", "3"]
     benchmark.main([*flags, "--rounds", "1", "--cfg-scales", "2"])
     printed = capsys.readouterr().out
+    assert set(scales) == {2}, "of stage 1 and of the baseline"
     rows = [line.split(" | ") for line in printed.splitlines() if "| default" in line]
-    assert "same tokens: True" in printed and len(rows) == 2
+    assert len(rows) == 2
     for row, size in zip(rows, ("32", "64")):
         assert row[1:5] == [size, "8", "3", "2"]
         slow, fast, ratio, base, *parts = (float(x.strip("| ")) for x in row[5:])
@@ -383,3 +396,14 @@ def test_benchmark_prints_a_row_for_each_combination(monkeypatch, capsys):
         assert slow == pytest.approx(3000 / (base + parts[2]), rel=0.1)
         assert fast == pytest.approx(3000 / ctf, rel=0.1)
         assert ratio == pytest.approx(fast / slow, rel=0.1)
+
+
+def test_the_cache_is_compared_with_full_passes(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "GRID", [4, 4])
+    monkeypatch.setitem(benchmark.SIZES, "default", (1, 16, 2))
+    seconds = {"with": 2.0, "without": 8.0}
+    monkeypatch.setattr(benchmark, "race", lambda rivals, *_: seconds)
+    benchmark.compare_cache(1, results.CPU)
+    printed = capsys.readouterr().out
+    assert "| without a key/value cache | 8 |\n| with | 32 |\n" in printed
+    assert "The cache: 4.0 times as fast, same tokens: True." in printed
