@@ -7,10 +7,11 @@
 #
 # They run in $OUT (default: out) and its sub-folders, with one thread each. What the
 # tables of rates_* and sampling_* choose is written into the settings below, by hand,
-# before the next functions are called. Tables go to stdout, all else to stderr, and a copy of the tables and of each
-# metrics.json behind them to $OUT/results. The script can be stopped and called again: a finished command is
-# skipped, and a training continues from its last save. Marks in .done folders say which
-# command made a file, at which commit of the six scripts. It needs bash 4.4 and flock.
+# before the next functions are called. Tables go to stdout, all else to stderr, and a
+# copy of the tables and of each metrics.json behind them to $OUT/results. The script can
+# be stopped and called again: a finished command is skipped, and a training continues
+# from its last save. Marks in .done folders say which command made a file, at which
+# commit of the six scripts. It needs bash 4.4 and flock.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-out}
@@ -20,12 +21,9 @@ list() { # name, minutes of one core, what it shows, (what it needs)
     cat <<'END'
 default                     45  what a reader sees: the README's commands and the baseline's
 random                      20  random clusters, trained (default, or the README's commands)
-rates_digits               120  learning rates of all models, seed 0 (default)
-sampling_digits             80  guidance, temperature and top-p, seed 0 (rates_digits)
+rates_digits               240  learning rates of all models, seed 0 (default)
+sampling_digits             95  guidance, temperature and top-p, seed 0 (rates_digits)
 table1_digits              260  CTF against its baseline, seeds 1 to 5
-rates_short_digits          55  rates of the baseline with as many seconds as CTF (default)
-sampling_short_digits       30  its guidance and temperature (rates_short_digits)
-seconds_digits              50  equal seconds, seeds 1 to 3 (table1_digits, sampling_short_digits)
 ablations                   80  clusters, layers, top-k, temperatures (table1_digits)
 convergence                 30  figure 2, the copies of seed 1 (table1_digits)
 second_tokenizer           100  table 1 with another tokenizer (table1_digits)
@@ -33,12 +31,9 @@ rates_k                    180  learning rates for three sizes K of the codebook
 over_k                      60  table 1 over K, seed 1 (rates_k)
 speed                       10  table 2; nothing else may run beside it
 photographs                 55  default, on CIFAR-10
-rates_photographs          130  as for digits (photographs)
-sampling_photographs        80  as for digits (rates_photographs)
+rates_photographs          240  as for digits (photographs)
+sampling_photographs        95  as for digits (rates_photographs)
 table1_photographs         260  as for digits (photographs)
-rates_short_photographs     55  as for digits (photographs)
-sampling_short_photographs   30  as for digits (rates_short_photographs)
-seconds_photographs         50  as for digits (table1_photographs, sampling_short_photographs)
 END
 }
 
@@ -46,7 +41,7 @@ END
 
 # The grids to choose from, and what the tables of rates_* and sampling_* chose on seed
 # 0. A grid is extended until the best lies inside it.
-RATES="5e-4 2e-3 4e-3"                # stage 1 and the baseline; 1e-3 is the default
+RATES="5e-4 2e-3 4e-3 8e-3"             # stage 1, the baseline; 1e-3 is the default
 RATES_STAGE2="5e-4 1e-3 2e-3 4e-3 8e-3" # 3e-3 is the default
 RATES_K="1e-3 2e-3 4e-3 8e-3"
 TEMPERATURES="0.4 0.5 0.6 0.7 0.8 0.9 1 1.1 1.2"
@@ -58,19 +53,17 @@ declare -A for_k=(     # learning rate and guidance of stage 1, and of the basel
 settings_digits() {
     out=$OUT first=default judge_steps=800
     guidance="1 1.5 2 2.5 3" near="1 1.25 1.5 1.75 2 2.5"
-    lr1=1e-3 lr2=3e-3 lrb=1e-3 # stage 1, stage 2, the baseline
-    short=2150 lr_short=1e-3   # the baseline with as many steps as CTF has seconds for
-    plain=([ctf]="2 1" [argmax]="2 1" [baseline]="2 1" [short]="2 1")
-    tuned=([ctf]="1.5 0.5" [argmax]="1.5 0.5" [baseline]="1.5 0.5" [short]="1.5 0.5")
+    lr1=2e-3 lr2=4e-3 lrb=1e-3 # learning rates of stage 1, stage 2, the baseline
+    plain=([ctf]="2 1" [baseline]="2 1")
+    tuned=([ctf]="1.5 0.5" [baseline]="1.5 0.5")
 }
 
 settings_photographs() {
     out=$OUT/photographs first=photographs judge_steps=3000
     guidance="1 2 3 4 6 8 12" near="2 3 4 6 8 12"
     lr1=1e-3 lr2=3e-3 lrb=1e-3
-    short=2150 lr_short=1e-3
-    plain=([ctf]="4 1" [argmax]="3 1" [baseline]="8 1" [short]="8 1")
-    tuned=([ctf]="4 0.9" [argmax]="3 0.9" [baseline]="8 0.9" [short]="8 0.9")
+    plain=([ctf]="4 1" [baseline]="8 1")
+    tuned=([ctf]="4 0.9" [baseline]="8 0.9")
 }
 
 # --------------------------------------------------------------------------- The tables
@@ -91,10 +84,7 @@ everything() { # FLAGS of tokenizer.py
 
 draw() { # WHAT FOLDER GUIDANCE TEMPERATURE FLAGS
     local flags=(--cfg-scale $3 --temperature $4 "${@:5}")
-    case $1 in
-        argmax) flags+=(--fine-top-k 1) ;;
-        baseline | short) flags+=(--model baseline) ;;
-    esac
+    [ $1 != baseline ] || flags+=(--model baseline)
     once sample.py "$2" "${flags[@]}"
 }
 
@@ -122,39 +112,16 @@ rates() {
     table best "$to"/{default,lr*,fine-lr*}
 }
 
-rates_short() {
-    need "$out/metrics.json" $first
-    local lr s to=$out/rates
-    for lr in $RATES 1e-3; do
-        once ar_model.py "$to/short$short-lr$lr" --lr $lr --labels fine --steps $short
-    done
-    for lr in $RATES 1e-3; do
-        for s in $guidance; do draw short "$to/short$short-lr$lr/cfg$s" $s 1; done
-    done
-    table best "$to/short$short"-lr*
-}
-
-sampling() {
+sampling() { # temperature and guidance of the models with the chosen rates
     need "$OUT/.done/rates$suffix" rates$suffix
-    grid ctf argmax baseline
-}
-
-sampling_short() {
-    need "$OUT/.done/rates_short$suffix" rates_short$suffix
-    grid short
-}
-
-grid() { # WHATS: temperature and guidance of the models with the chosen rates
     local what T s to folders=()
-    for what in "$@"; do
+    for what in ctf baseline; do
         to=$out/sampling/$what-$lr1-$lr2-$lrb
-        [ $what != short ] || to=$out/sampling/short$short-$lr_short
         mkdir -p "$to"
-        # The models with the chosen rates. (Those with the default rates are in $out.)
+        # The models with the default rates are in $out.
         [ $lr1 = 1e-3 ] || cp "$out/rates/lr$lr1/coarse.pt" "$to"
         [ $lr2 = 3e-3 ] || cp "$out/rates/fine-lr$lr2/fine.pt" "$to"
         [ $lrb = 1e-3 ] || cp "$out/rates/lr$lrb/baseline.pt" "$to"
-        [ $what != short ] || cp "$out/rates/short$short-lr$lr_short/baseline.pt" "$to"
         for T in $TEMPERATURES; do
             for s in $near; do draw $what "$to/T$T-cfg$s" $s $T; done
         done
@@ -189,27 +156,11 @@ four_ways() { # FOLDERS of models: samples at temperature 1 and tuned, sampled a
         for way in plain tuned; do
             local -n how=$way
             draw ctf "$folder/$way" ${how[ctf]} $MANY
-            draw argmax "$folder/$way-argmax" ${how[argmax]} $MANY
+            draw ctf "$folder/$way-argmax" ${how[ctf]} $MANY --fine-top-k 1
             draw baseline "$folder/$way" ${how[baseline]} $MANY
         done
     done
     for folder in "$@"; do judge "$folder"/{plain,tuned}{,-argmax}; done
-}
-
-seconds() {
-    need "$OUT/.done/table1$suffix" table1$suffix
-    need "$OUT/.done/sampling_short$suffix" sampling_short$suffix
-    local seed way to=$out/short$short flags="--lr $lr_short --labels fine --steps $short"
-    for seed in 1 2 3; do once ar_model.py "$to/seed$seed" --seed $seed $flags; done
-    for seed in 1 2 3; do
-        draw short "$to/seed$seed/plain" ${plain[short]} $MANY
-        draw short "$to/seed$seed/tuned" ${tuned[short]} $MANY
-    done
-    judge "$to"/seed{1,2,3}/{plain,tuned}
-    for way in plain tuned; do
-        table mean "$to"/seed{1,2,3}/$way
-        table compare {"$out","$to"}/seed{1,2,3}/$way
-    done
 }
 
 random() {

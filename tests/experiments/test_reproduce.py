@@ -13,7 +13,7 @@ from conftest import ROOT
 import tokenizer
 
 SCRIPT = ROOT / "tests" / "experiments" / "reproduce.sh"
-OF_BOTH = ["rates", "sampling", "table1", "rates_short", "sampling_short", "seconds"]
+OF_BOTH = ["rates", "sampling", "table1"]
 NAMES = ["default", "random", *(f"{name}_digits" for name in OF_BOTH), "ablations"]
 NAMES += ["convergence", "second_tokenizer", "rates_k", "over_k", "speed"]
 NAMES += ["photographs", *(f"{name}_photographs" for name in OF_BOTH)]
