@@ -3,11 +3,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import IDS, SIZES, K, M, noisy
+from conftest import noisy
 from scipy.stats import chisquare
 
 import ar_model
-import tokenizer
 from ar_model import ARConfig, ARModel, Sampling, filter_logits, generate
 
 CONFIG = ARConfig(11, 3, [3, 4], layers=2, dim=32, heads=4)
@@ -321,41 +320,3 @@ def test_extreme_random_numbers_do_not_choose_a_filtered_label(monkeypatch):
     for u in (0.0, 1.0):
         monkeypatch.setattr(torch, "rand", lambda shape, u=u, **_: torch.full(shape, u))
         assert ar_model.gumbel_max(logits, None) == 1
-
-
-# --------------------------------------------------------------------------- the script
-
-
-@pytest.mark.parametrize(("labels", "V"), [("coarse", M), ("fine", K)])
-def test_what_a_training_writes_prints_and_draws(out, monkeypatch, capsys, labels, V):
-    """Its weights and losses are tested in test_training.py."""
-    figures, before = {}, set(out.iterdir())
-    keep = lambda figure, path, **_: figures.update({path.name: figure})
-    monkeypatch.setattr(tokenizer.Figure, "savefig", keep)
-    flags = [*SIZES, "--labels", labels, "--steps", "4", "--save-every", "3"]
-    ar_model.main([*flags, "--out", str(out)])
-    name = {"coarse": "coarse", "fine": "baseline"}[labels]
-    assert {path.name for path in set(out.iterdir()) - before} == {f"{name}.pt"}
-    assert list(figures) == [f"{name}.png"]
-
-    printed = capsys.readouterr().out
-    ids = {k: IDS[k] for k in ("codebook_id", "cluster_id")[: 1 + (labels == "coarse")]}
-    artifact = tokenizer.load(out, f"{name}.pt", **ids)
-    assert ("cluster_id" in artifact) == (labels == "coarse")
-    size = sum(weights.numel() for weights in artifact["model"].values())
-    assert f"{size / 1e6:.2f}M" in printed
-    first, last = artifact["history"]["test"]
-
-    (ax,) = figures[f"{name}.png"].axes
-    assert f"{name}.pt" in ax.get_title() and f"{V} {labels} labels" in ax.get_title()
-    assert "nats" in ax.get_ylabel() and ax.get_xlabel() == "step"
-    lines = {line.get_label().split()[0]: line for line in ax.lines}
-    curves = {
-        key: np.array(line.get_xydata()).T.tolist() for key, line in lines.items()
-    }
-    assert curves["training"] == [[1, 2, 3, 4], artifact["history"]["loss"]]
-    assert curves["test"] == [[3, 4], [first["loss"], last["loss"]]]
-    assert curves["uniform"][1] == [math.log(V)] * 2
-    assert f"{math.log(V):.2f}" in lines["uniform"].get_label()
-    assert f"ln {V} = {math.log(V):.3f}" in printed and f"{V} {labels}" in printed
-    assert len(ax.get_legend().get_texts()) == 3

@@ -4,14 +4,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import IDS, SIZES, K, M, error_of, noisy
-from conftest import G as CLUSTERS_OF_OUT
+from conftest import error_of, noisy
 from torch.nn.functional import one_hot
 
 import ar_model
 import aux_model
 import cluster
-import tokenizer
 from ar_model import Sampling
 from aux_model import MASKED, AuxConfig, AuxModel, fine_loss, predict_fine
 
@@ -252,33 +250,3 @@ def test_default_flags(script, wanted, capsys):
     if "heads" in wanted:  # a pair of numbers for the row, and one for the column
         code, _ = error_of(capsys, script.main, "--dim", 12, "--heads", 2)
         assert code == 2
-
-
-def test_what_a_training_writes_prints_and_draws(out, monkeypatch, capsys):
-    """Its weights and losses are tested in test_training.py."""
-    figures, before, g = {}, set(out.iterdir()), CLUSTERS_OF_OUT
-    keep = lambda figure, path, **_: figures.update({path.name: figure})
-    monkeypatch.setattr(tokenizer.Figure, "savefig", keep)
-    flags = [*SIZES, "--steps", "4", "--save-every", "3", "--out", str(out)]
-    aux_model.main(flags)
-    assert {path.name for path in set(out.iterdir()) - before} == {"fine.pt"}
-    assert list(figures) == ["fine.png"]
-
-    printed = capsys.readouterr().out
-    ids = {name: IDS[name] for name in ("codebook_id", "cluster_id")}
-    artifact = tokenizer.load(out, "fine.pt", **ids)
-    size = sum(weights.numel() for weights in artifact["model"].values())
-    assert f"{size / 1e6:.2f}M" in printed
-    first, last = artifact["history"]["test"]
-    coarse = g[torch.load(out / "tokens.pt")["test"][0]]
-    guess = g.bincount()[coarse].log().mean().item()
-    assert f"{guess:.3f} nats" in printed and f"{M} coarse" in printed
-    assert f"{K} fine" in printed
-
-    (ax,) = figures["fine.png"].axes
-    assert all(text in ax.get_title() for text in ("fine.pt", f"K = {K}", f"M = {M}"))
-    lines = {line.get_label().split()[0]: line for line in ax.lines}
-    curves = {key: line.get_ydata() for key, line in lines.items()}
-    assert list(curves["training"]) == artifact["history"]["loss"]
-    assert list(curves["test"]) == [first["loss"], last["loss"]]
-    assert list(curves["uniform"]) == [guess] * 2

@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import G, K, M, contents, ctrl_c, edit, error_of, on_backward, pictures
+from conftest import (
+    IDS,
+    G,
+    K,
+    M,
+    contents,
+    ctrl_c,
+    edit,
+    error_of,
+    on_backward,
+    pictures,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ar_model
@@ -182,6 +193,43 @@ def test_no_step_waits_for_single_numbers(training):
         with Count():
             training(f"--steps {steps} --save-every 9 --overwrite")
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("name", NOT_TOKENIZER)
+def test_what_it_writes_prints_and_draws(name, out, images, monkeypatch, capsys):
+    figures, training = {}, Training(name, out, images)
+    monkeypatch.undo()  # no_pictures
+    keep = lambda figure, path, **_: figures.update({path: figure})
+    monkeypatch.setattr(tokenizer.Figure, "savefig", keep)
+    saved = training("--steps 4 --save-every 3")
+    picture = (training.out / name).with_suffix(".png")
+    assert [*training.out.iterdir()] == [training.out / name]
+    assert [*figures] == [picture]
+    ids = ["codebook_id", "cluster_id"][: 1 if name == "baseline.pt" else 2]
+    assert {k: v for k, v in saved.items() if k in IDS} == {k: IDS[k] for k in ids}
+
+    printed = capsys.readouterr().out
+    size = sum(weights.numel() for weights in saved["model"].values())
+    assert f"{size / 1e6:.2f}M" in printed
+    coarse = G[torch.load(out / "tokens.pt", weights_only=True)["test"][0]]
+    within = G.bincount()[coarse].log().mean().item()
+    guess, said, title = {
+        "coarse.pt": (math.log(M), f"{M} coarse labels", f"{M} coarse labels"),
+        "baseline.pt": (math.log(K), f"{K} fine labels", f"{K} fine labels"),
+        "fine.pt": (within, f"{M} coarse to {K} fine labels", f"(K = {K}, M = {M})"),
+    }[name]
+    assert said in printed and f"{guess:.3f} nats" in printed
+    (ax,) = figures[picture].axes
+    assert ax.get_title().startswith(f"{name}: ") and title in ax.get_title()
+    assert "nats" in ax.get_ylabel() and ax.get_xlabel() == "step"
+    lines = {line.get_label().split()[0]: line for line in ax.lines}
+    curves = {key: line.get_xydata().T.tolist() for key, line in lines.items()}
+    tested = [row["loss"] for row in saved["history"]["test"]]
+    assert curves["training"] == [[1, 2, 3, 4], saved["history"]["loss"]]
+    assert curves["test"] == [[3, 4], tested]
+    assert lines["uniform"].get_ydata() == pytest.approx([guess] * 2)
+    assert f"{guess:.2f}" in lines["uniform"].get_label()
+    assert len(ax.get_legend().get_texts()) == 3
 
 
 # ----------------------------------------------------------------- stops, and continues
