@@ -10,8 +10,9 @@
 # before the next functions are called. Tables go to stdout, all else to stderr, and a
 # copy of the tables and of each metrics.json behind them to $OUT/results. The script can
 # be stopped and called again: a finished command is skipped, and a training continues
-# from its last save. Marks in .done folders say which command made a file, at which
-# commit of the six scripts. It needs bash 4.4 and flock.
+# from its last save. (To train with other settings, delete the folder.) Marks in .done
+# folders say which command made a file, at which commit of the six scripts. It needs
+# bash 4.4 and flock.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-out}
@@ -23,7 +24,7 @@ default                     45  what a reader sees: the README's commands and th
 random                      20  random clusters, trained (default, or the README's commands)
 rates_digits               240  learning rates of all models, seed 0 (default)
 sampling_digits             95  guidance, temperature and top-p, seed 0 (rates_digits)
-table1_digits              260  CTF against its baseline, seeds 1 to 5
+table1_digits              260  CTF against its baseline, seeds 1 to 5 (sampling_digits)
 ablations                   80  clusters, layers, top-k, temperatures (table1_digits)
 convergence                 30  figure 2, the copies of seed 1 (table1_digits)
 second_tokenizer           100  table 1 with another tokenizer (table1_digits)
@@ -33,7 +34,7 @@ speed                       10  table 2; nothing else may run beside it
 photographs                 55  default, on CIFAR-10
 rates_photographs          240  as for digits (photographs)
 sampling_photographs        95  as for digits (rates_photographs)
-table1_photographs         260  as for digits (photographs)
+table1_photographs         260  as for digits (sampling_photographs)
 END
 }
 
@@ -125,6 +126,7 @@ sampling() { # temperature and guidance of the models with the chosen rates
         for T in $TEMPERATURES; do
             for s in $near; do draw $what "$to/T$T-cfg$s" $s $T; done
         done
+        # Top-p at the chosen settings: once they are written above, call it again.
         draw $what "$to/plain-top-p" ${plain[$what]} --top-p 0.9
         draw $what "$to/tuned-top-p" ${tuned[$what]} --top-p 0.9
         folders+=("$to")
@@ -133,7 +135,7 @@ sampling() { # temperature and guidance of the models with the chosen rates
 }
 
 table1() {
-    need "$out/metrics.json" $first
+    need "$OUT/.done/sampling$suffix" sampling$suffix
     local seed way
     for seed in {1..5}; do train "$out/seed$seed" --seed $seed --keep 10; done
     four_ways "$out"/seed{1..5}
