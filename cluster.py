@@ -9,9 +9,8 @@ token decides most of what one sees, and can be predicted first.
     python cluster.py --out out/random --method random     # the paper's control
 
 k-means uses Euclidean distances. For unit vectors |a - b|^2 = 2 - 2 a.b: near means a
-large dot product, and the tokenizer chooses codes by the dot product, too. (A centroid
-is a mean of unit vectors. It lies inside the sphere, so its length counts in the
-distance.)
+large dot product, and the tokenizer chooses codes by the dot product, too. (A centroid,
+a mean of unit vectors, lies inside the sphere, so its length counts in the distance.)
 
 Reads images.pt, tokenizer.pt and tokens.pt; writes clusters.pt (code_to_cluster is g)
 and clusters.png (figure 1b). It takes seconds.
@@ -37,12 +36,11 @@ def kmeans(x, k, seed=0, init=None, max_iter=300):
     """Lloyd's algorithm: minimise the inertia, the sum of squared distances of the rows
     of x (n, d) to the centroids of their clusters.
 
-    It starts from init (k, d), which is not modified, or from k-means++ with seed,
-    which may be anything that np.random.default_rng takes. A
-    step assigns each row to its nearest centroid and moves every centroid to the mean
-    of its rows. An empty cluster first takes the row that is farthest from its
-    centroid, out of a cluster of two or more rows. The algorithm ends when no
-    assignment changes, or after max_iter steps.
+    It starts from init (k, d), which is not modified, or from k-means++ with seed (of
+    np.random.default_rng). A step assigns each row to its nearest centroid and moves
+    every centroid to the mean of its rows. An empty cluster first takes the row that is
+    farthest from its centroid, out of a cluster of two or more rows. The algorithm ends
+    when no assignment changes, or after max_iter steps.
 
     Returns the cluster of each row, int64 (n,); the centroids, float64 (k, d); and a
     list of the inertia after each step, which never rises (up to rounding). Raises

@@ -19,7 +19,6 @@ distance compares them with those of the 5,000 test images.
 
 import json
 import math
-import os
 
 import numpy as np
 import torch
@@ -372,7 +371,7 @@ def main(argv=None):
     temporary = path.with_suffix(".tmp")  # a full disk keeps the old file
     text = json.dumps({"protocol": protocol, "rows": rows}, indent=1)
     temporary.write_text(text + "\n", "utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
     print(f"wrote metrics.json to {args.out}")
 
 

@@ -37,7 +37,6 @@ token. Arguments called tokens are the labels of all tokens, row by row.
 import argparse
 import hashlib
 import math
-import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -609,8 +608,7 @@ def copy_due(step, args):
     """Which of the --keep evenly spaced copies is due after this step; 0 if none is.
     With --keep 3 in 600 steps: 1, 2, 3 after steps 200, 400, 600."""
     index, rest = divmod(step * args.keep, args.steps)
-    is_first = rest < args.keep  # the first step with this index
-    return index if is_first else 0
+    return index if rest < args.keep else 0  # only the first step with this index
 
 
 def copies(path):
@@ -763,7 +761,7 @@ def save(path, **artifact):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     torch.save(artifact, temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def short_hash(*tensors):

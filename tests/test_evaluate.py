@@ -1,6 +1,6 @@
 import json
 import math
-import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -430,7 +430,7 @@ def test_a_failing_write_loses_nothing(evaluated, monkeypatch, capsys):
     path = evaluated[0] / "metrics.json"
     before = path.read_bytes()
     assert not list(path.parent.glob("*.tmp"))
-    monkeypatch.setattr(os, "replace", no_room)
+    monkeypatch.setattr(Path, "replace", no_room)
     with pytest.raises(OSError, match="no room"):
         run(path.parent)  # the stand-in for score has other numbers now
     assert path.read_bytes() == before
