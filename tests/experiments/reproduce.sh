@@ -55,8 +55,8 @@ settings_digits() {
     out=$OUT first=default judge_steps=800
     guidance="1 1.5 2 2.5 3" near="1 1.25 1.5 1.75 2 2.5"
     lr1=2e-3 lr2=4e-3 lrb=4e-3 # learning rates of stage 1, stage 2, the baseline
-    plain=([ctf]="2 1" [baseline]="2 1")
-    tuned=([ctf]="1.5 0.5" [baseline]="1.5 0.5")
+    plain=([ctf]="2 1" [baseline]="1.75 1")
+    tuned=([ctf]="1.5 0.6" [baseline]="1.75 0.6")
 }
 
 settings_photographs() {
