@@ -47,7 +47,7 @@ RATES_STAGE2="5e-4 1e-3 2e-3 4e-3 8e-3" # 3e-3 is the default
 RATES_K="1e-3 2e-3 4e-3 8e-3"
 TEMPERATURES="0.4 0.5 0.6 0.7 0.8 0.9 1 1.1 1.2"
 MANY="--num-samples 5000"
-declare -A plain tuned # guidance and temperature, 1 or the best; other flags may follow
+declare -A plain tuned # guidance and temperature, 1 or the best; then other flags
 declare -A for_k=(     # learning rate and guidance of stage 1, and of the baseline
     [1024]="1e-3 3 4e-3 3" [4096]="1e-3 3 4e-3 2" [16384]="1e-3 2 8e-3 3")
 
@@ -56,7 +56,7 @@ settings_digits() {
     guidance="1 1.5 2 2.5 3" near="1 1.25 1.5 1.75 2 2.5"
     lr1=2e-3 lr2=4e-3 lrb=4e-3 # learning rates of stage 1, stage 2, the baseline
     plain=([ctf]="2 1" [baseline]="1.75 1")
-    tuned=([ctf]="1.5 0.6" [baseline]="1.75 0.6")
+    tuned=([ctf]="1.5 0.6 --top-p 0.9" [baseline]="1.75 0.6 --top-p 0.9")
 }
 
 settings_photographs() {
@@ -115,7 +115,7 @@ rates() {
 
 sampling() { # temperature and guidance of the models with the chosen rates
     need "$OUT/.done/rates$suffix" rates$suffix
-    local what T s to folders=()
+    local what T s way to folders=()
     for what in ctf baseline; do
         to=$out/sampling/$what-$lr1-$lr2-$lrb
         mkdir -p "$to"
@@ -127,8 +127,11 @@ sampling() { # temperature and guidance of the models with the chosen rates
             for s in $near; do draw $what "$to/T$T-cfg$s" $s $T; done
         done
         # Top-p at the chosen settings: once they are written above, call it again.
-        draw $what "$to/plain-top-p" ${plain[$what]} --top-p 0.9
-        draw $what "$to/tuned-top-p" ${tuned[$what]} --top-p 0.9
+        for way in plain tuned; do
+            local -n how=$way
+            read -r s T _ <<<"${how[$what]}"
+            draw $what "$to/$way-top-p" $s $T --top-p 0.9
+        done
         folders+=("$to")
     done
     table best "${folders[@]}"

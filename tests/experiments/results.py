@@ -10,8 +10,9 @@
     results.py convergence out/seed1/kept-*    # figure 2
     results.py anatomy out                     # a real image and a sample, step by step
 
-Each but the last prints a Markdown table. For mean, compare, rows and convergence a path is a folder
-with a metrics.json, or a copy of that file. reproduce.sh makes all tables with it.
+Each but the last prints a Markdown table. For mean, compare, rows and convergence a
+path is a folder with a metrics.json, or a copy of that file. reproduce.sh makes all
+tables with it.
 """
 
 import argparse
