@@ -66,12 +66,18 @@ def same(what, values):
             fail(f"not comparable: {what} is {values[0]} and {value}")
 
 
+def rows_of(run):
+    """The rows of models and of stage 2 alone. (All others need no model.)"""
+    of_model = lambda row: "model" in row or row["name"].startswith("stage 2")
+    return [row for row in run["rows"] if of_model(row)]
+
+
 def by_name(paths):
     """{name: [its rows, one per run]}; the name of a model includes its steps. Fails if
     the rows of a model are not different runs of the same command."""
     found = {}
     for run in read(paths, "clusters", "seed"):
-        for row in run["rows"]:
+        for row in rows_of(run):
             steps = " + ".join(map(str, row.get("steps", [])))
             name = f"{row['name']}, {steps} steps" if steps else row["name"]
             found.setdefault(name, []).append(row)
@@ -125,15 +131,12 @@ def ratio_of_means(a, b):
 
 
 def rows(paths):
-    """The rows of models and of stage 2 alone, run by run."""
+    """The scores run by run."""
     body = []
     for path, run in zip(paths, read(paths)):
-        for row in run["rows"]:
-            if "model" in row or row["name"].startswith("stage 2"):
-                name = str(path).removesuffix(".json")
-                body.append(
-                    [name, row["name"], *score_cells([row]), *cost_cells([row])]
-                )
+        name = str(path).removesuffix(".json")
+        for row in rows_of(run):
+            body.append([name, row["name"], *score_cells([row]), *cost_cells([row])])
     return table(["run", "images", *HEAD, *COSTS], body)
 
 
