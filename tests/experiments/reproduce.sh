@@ -42,6 +42,7 @@ END
 
 # The grids to choose from, and what the tables of rates_* and sampling_* chose on seed
 # 0. A grid is extended until the best lies inside it.
+RATES_STAGE2="5e-4 1e-3 2e-3 4e-3 8e-3" # 3e-3 is the default
 RATES_K="1e-3 2e-3 4e-3 8e-3"
 TEMPERATURES="0.4 0.5 0.6 0.7 0.8 0.9 1 1.1 1.2"
 MANY="--num-samples 5000"
@@ -51,8 +52,7 @@ declare -A for_k=(     # learning rate and guidance of stage 1, and of the basel
 
 settings_digits() {
     out=$OUT first=default judge_steps=800
-    rates="5e-4 2e-3 4e-3 8e-3"             # stage 1, the baseline; 1e-3 is the default
-    rates_stage2="5e-4 1e-3 2e-3 4e-3 8e-3" # 3e-3 is the default
+    rates="5e-4 2e-3 4e-3 8e-3" # stage 1, the baseline; 1e-3 is the default
     guidance="1 1.5 2 2.5 3" near="1 1.25 1.5 1.75 2 2.5"
     lr1=2e-3 lr2=4e-3 lrb=4e-3 # learning rates of stage 1, stage 2, the baseline
     plain=([ctf]="2 1" [baseline]="1.75 1")
@@ -61,7 +61,7 @@ settings_digits() {
 
 settings_photographs() {
     out=$OUT/photographs first=photographs judge_steps=3000
-    rates="5e-4 2e-3 4e-3" rates_stage2="5e-4 1e-3 2e-3 4e-3 8e-3"
+    rates="5e-4 2e-3 4e-3"
     guidance="1 2 3 4 6 8 12" near="2 3 4 6 8 12"
     lr1=1e-3 lr2=3e-3 lrb=1e-3
     plain=([ctf]="4 1" [baseline]="8 1")
@@ -103,7 +103,7 @@ rates() {
         once ar_model.py "$to/lr$lr" --lr $lr
         once ar_model.py "$to/lr$lr" --lr $lr --labels fine
     done
-    for lr in $rates_stage2; do once aux_model.py "$to/fine-lr$lr" --lr $lr; done
+    for lr in $RATES_STAGE2; do once aux_model.py "$to/fine-lr$lr" --lr $lr; done
     settle
     for folder in "$to"/{default,lr*,fine-lr*}; do
         for s in $guidance; do

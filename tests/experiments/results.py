@@ -67,7 +67,7 @@ def same(what, values):
 
 
 def rows_of(run):
-    """The rows of models and of stage 2 alone. (All others need no model.)"""
+    """The rows of models and of stage 2 alone. (The others need neither.)"""
     of_model = lambda row: "model" in row or row["name"].startswith("stage 2")
     return [row for row in run["rows"] if of_model(row)]
 
