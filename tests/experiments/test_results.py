@@ -280,6 +280,38 @@ def test_tables_of_results_md_are_what_results_py_prints(monkeypatch, capsys):
         assert capsys.readouterr().out.startswith(table), command
 
 
+@pytest.mark.parametrize("data", ["digits"])
+def test_the_selection_shows_the_lowest_fd_of_all_rows(data):
+    text = (ROOT / ".github" / "RESULTS.md").read_text("utf-8")
+    text = text.partition(f"## Selection, {data}")[2].replace("**", "")
+    row = r"\| (CTF|baseline).*guidance ([\d.]*)(.*) \| (\S*) \| 0 \| 2000 \| (\S*)"
+    found = {}
+    for table in ("rates", "sampling"):
+        file = ROOT / ".github" / "results" / f"{table}_{data}" / "tables.md"
+        for model, s, flags, path, fd in re.findall(row, file.read_text("utf-8")):
+            folder, name = path.split("/")[-2:]
+            key = folder  # of the models with a learning rate
+            if table == "sampling":
+                key = "top-p" if "top_p" in flags else "T1" if "T1-" in name else "any"
+            # The lowest FD of a model comes first.
+            found.setdefault((model, key), (name, fd, f"{fd} ({s})"))
+    for label, model, default, start in (
+        ("stage 1 (stage 2 at 3e-3)", "CTF", "1e-3", "lr"),
+        ("stage 2 (stage 1 at 1e-3)", "CTF", "3e-3", "fine-lr"),
+        ("baseline", "baseline", "1e-3", "lr"),
+    ):
+        cells = [label]
+        for lr in ("5e-4", "1e-3", "2e-3", "3e-3", "4e-3", "8e-3"):
+            key = model, "default" if lr == default else start + lr
+            cells.append(found.get(key, [""])[-1])
+        assert f"| {' | '.join(cells)} |".replace("|  |", "| |") in text
+    for model in ("CTF", "baseline"):
+        (name, _, best), (_, top_p, _) = found[model, "any"], found[model, "top-p"]
+        T = name.partition("-")[0].removeprefix("T")
+        cells = model, found[model, "T1"][-1], f"{T}: {best}", top_p
+        assert f"| {' | '.join(cells)} |" in text
+
+
 def test_convergence_over_steps_and_over_seconds(tmp_path, monkeypatch):
     drawn = []
     save = lambda self, path, **how: drawn.append((self, path))
