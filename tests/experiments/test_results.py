@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from glob import glob
 
 import benchmark
 import numpy as np
@@ -276,7 +277,9 @@ def test_tables_of_results_md_are_what_results_py_prints(monkeypatch, capsys):
     commands = re.findall(r"<!-- results.py (.*) -->\n\n((?:\|.*\n)+)", text)
     assert commands and len(commands) == text.count("<!-- results.py")
     for command, table in commands:
-        results.main(command.split())
+        what, *patterns = command.split()
+        files = [file for pattern in patterns for file in sorted(glob(pattern))]
+        results.main([what, *files])
         assert capsys.readouterr().out.startswith(table), command
 
 
