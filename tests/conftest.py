@@ -42,13 +42,20 @@ def random_tokenizer():
     return tokenizer.VQVAE(config)
 
 
-@pytest.fixture(autouse=True)
-def quick_pictures(monkeypatch):
+def keep_figures(monkeypatch):
     """Pictures are made, but not rendered, which takes most of the time of many tests:
-    test_pipeline.py renders them."""
-    monkeypatch.setattr(
-        tokenizer.Figure, "savefig", lambda self, path, **how: path.write_text("drawn")
-    )
+    test_pipeline.py renders them. Returns a dict that receives {path: Figure}."""
+    kept = {}
+
+    def savefig(figure, path, **how):
+        kept[path] = figure
+        path.write_text("drawn")
+
+    monkeypatch.setattr(tokenizer.Figure, "savefig", savefig)
+    return kept
+
+
+figures = pytest.fixture(autouse=True)(keep_figures)
 
 
 @pytest.fixture

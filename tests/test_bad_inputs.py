@@ -164,9 +164,7 @@ def test_a_wrong_flag_is_a_usage_error(script, trained, images, capsys):
 # ------------------------------------------------------------------------- sub-folders
 
 
-def test_a_variant_inherits_from_the_parents_of_the_real_path(
-    trained, monkeypatch, capsys
-):
+def test_a_variant_inherits_from_its_real_parents(trained, monkeypatch, capsys):
     """From the nearest; not from the working directory, nor the folder of a link."""
     variant = trained / "M8"
     variant.mkdir()
@@ -200,9 +198,7 @@ def test_a_variant_inherits_from_the_parents_of_the_real_path(
 # ------------------------------------------------------------------------ stopped runs
 
 
-def test_a_stopped_training_is_named_by_later_scripts(
-    trained, images, monkeypatch, capsys
-):
+def test_later_scripts_name_a_stopped_training(trained, images, monkeypatch, capsys):
     for script in ("ar_model", "aux_model"):
         with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
             on_backward(context, ctrl_c(1))
@@ -217,9 +213,7 @@ def test_a_stopped_training_is_named_by_later_scripts(
 
 
 @pytest.mark.parametrize("script", SCRIPTS[:-1])  # evaluate draws none
-def test_results_are_saved_before_pictures_are_drawn(
-    script, trained, images, monkeypatch
-):
+def test_results_are_saved_before_pictures(script, trained, images, monkeypatch):
     monkeypatch.undo()  # no_pictures
     for name in WRITES[script]:
         (trained / name).unlink(missing_ok=True)
@@ -286,7 +280,7 @@ def test_an_old_terminal_shows_what_it_can(monkeypatch):
 def test_pictures_and_settings_of_matplotlib_are_independent(tmp_path, monkeypatch):
     """Pictures do not depend on a matplotlibrc. Scripts do not change the settings of a
     notebook that imports them: conftest.py has imported all."""
-    monkeypatch.undo()  # quick_pictures
+    monkeypatch.undo()  # figures
 
     def draw(name):
         with tokenizer.picture(tmp_path / name, 4, 3) as figure:

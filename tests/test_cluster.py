@@ -9,7 +9,6 @@ from scipy.spatial.distance import cdist
 from scipy.stats import chisquare
 
 import cluster
-import tokenizer
 from cluster import kmeans, kmeans_plus_plus, swap_within_clusters
 
 
@@ -149,12 +148,10 @@ def test_swaps_stay_in_their_cluster_and_reach_all_of_it(monkeypatch):
 
 
 @pytest.fixture
-def run(out, monkeypatch):
+def run(out, figures, monkeypatch):
     """run(flags) calls main and returns clusters.pt, and the images and labels of
     clusters.png. Its images are the fine labels: a stand-in for the decoder."""
-    figures, plot_rows = {}, cluster.plot_rows
-    keep = lambda figure, path, **_: figures.update({path: figure})
-    monkeypatch.setattr(tokenizer.Figure, "savefig", keep)
+    plot_rows = cluster.plot_rows
     image = lambda model, fine: fine.view(-1, 4, 4, 1).expand(-1, -1, -1, 3).byte()
     monkeypatch.setattr(cluster, "reconstruct", image)
 

@@ -10,7 +10,7 @@ from conftest import ROOT, SIZES
 
 
 def test_from_images_to_metrics(tmp_path, images, monkeypatch, capsys):
-    monkeypatch.undo()  # quick_pictures
+    monkeypatch.undo()  # figures
     monkeypatch.chdir(tmp_path)
 
     def run(script, *flags):

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import NAMES, K, M, T, edit, error_of
-from matplotlib.figure import Figure
 from PIL import Image
 
 import aux_model
@@ -76,14 +75,6 @@ def use_stand_ins(monkeypatch):
 
 
 stand_ins = pytest.fixture(autouse=True)(use_stand_ins)
-
-
-def saved_figures(monkeypatch):
-    """A dict that receives {path: Figure} from now on."""
-    figures = {}
-    keep = lambda figure, path, **how: figures.update({path: figure})
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return figures
 
 
 def read(path):
@@ -225,9 +216,8 @@ def test_classes_are_chosen_by_name(capsys):
     for text, names in (("dog", NAMES), ("1", NAMES), ("1", ["01", "02", "03"])):
         main = partial(choose_classes, count=1, test_classes=test_y, class_names=names)
         code, message = error_of(capsys, main, text)
-        assert (
-            code == 1 and f"--classes {text}: there are {', '.join(names)}" in message
-        )
+        wanted = f"--classes {text}: there are {', '.join(names)}"
+        assert code == 1 and wanted in message
 
 
 def test_settings_without_a_meaning_are_refused(capsys):
@@ -270,8 +260,7 @@ def test_export_writes_samples_and_real_images(trained):
 # ----------------------------------------------------------------------------- Pictures
 
 
-def test_rows_of_the_picture_are_of_their_class(trained, monkeypatch):
-    figures = saved_figures(monkeypatch)
+def test_rows_of_the_picture_are_of_their_class(trained, figures):
     samples = run(trained, "--num-samples=40", "--classes", "bee", "cat", "cat", "cat")
     rows, row = {}, None
     for ax in figures[trained / "samples.png"].axes:

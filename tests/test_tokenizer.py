@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import keep_figures
 from PIL import Image
 from scipy.stats import chisquare, entropy
 
@@ -207,13 +208,12 @@ def test_dead_codes_are_reinitialised_to_random_encoder_outputs(model):
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """What one training with --data . wrote, printed and showed."""
-    root, figures, printed = tmp_path_factory.mktemp("ran"), [], []
+    root, printed = tmp_path_factory.mktemp("ran"), []
     data = fixed_images(root / "pets", (9, 6, 3), (7, 5, 2), ("bee", "cat", "ant"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(data)
         patch.setattr("builtins.print", lambda line, **_: printed.append(line))
-        savefig = lambda figure, path, **how: figures.append((path, figure))
-        patch.setattr(tokenizer.Figure, "savefig", savefig)
+        figures = keep_figures(patch)
         flags = ["--downsample", "2", "--code-dim", "5", "--seed", "3"]
         train(".", root / "out", *flags, "--save-every", "2", steps=5)
     facts = {"data": data, "figures": figures, "printed": "\n".join(printed)}
@@ -263,7 +263,7 @@ def test_tokens_and_scores_are_those_of_the_last_weights(ran):
 
 
 def test_the_picture_of_the_tokenizer(ran):
-    ((path, figure),) = ran.figures
+    ((path, figure),) = ran.figures.items()
     assert path == ran.tokenizer["path"].with_name("tokenizer.png")
     images, fine = ran.images["test"].x, ran.tokens["test"].x
     reconstructions = tokenizer.reconstruct(ran.model, fine)

@@ -3,6 +3,7 @@ optimizer, clock, saves, --resume and --overwrite. Nearly all tests run for all 
 
 import math
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -186,14 +187,12 @@ def test_no_step_waits_for_single_numbers(training):
 
 @pytest.mark.parametrize("name", NOT_TOKENIZER)
 def test_what_it_writes_prints_and_draws(name, out, images, monkeypatch, capsys):
-    figures, training = {}, Training(name, out, images)
+    training = Training(name, out, images)
     monkeypatch.undo()  # no_pictures
-    keep = lambda figure, path, **_: figures.update({path: figure})
-    monkeypatch.setattr(tokenizer.Figure, "savefig", keep)
+    figures = conftest.keep_figures(monkeypatch)
     saved = training("--steps 4 --save-every 3")
     picture = (training.out / name).with_suffix(".png")
-    assert [*training.out.iterdir()] == [training.out / name]
-    assert [*figures] == [picture]
+    assert {*training.out.iterdir()} == {training.out / name, picture}
     assert saved["codebook_id"] == "the-codebook"
     cluster_id = None if name == "baseline.pt" else "the-clusters"
     assert saved.get("cluster_id") == cluster_id

@@ -315,14 +315,11 @@ def test_the_selection_shows_the_lowest_fd_of_all_rows(data):
         assert f"| {' | '.join(cells)} |" in text
 
 
-def test_convergence_over_steps_and_over_seconds(tmp_path, monkeypatch):
-    drawn = []
-    save = lambda self, path, **how: drawn.append((self, path))
-    monkeypatch.setattr(tokenizer.Figure, "savefig", save)
+def test_convergence_over_steps_and_over_seconds(tmp_path, figures):
     folders = [run(tmp_path / f"kept-{n:02}", n, steps=(7 * n, n)) for n in (2, 1, 3)]
     text = results.convergence(folders)
-    assert text.startswith(results.rows(folders)) and len(drawn) == 1
-    figure, path = drawn[0]
+    assert text.startswith(results.rows(folders))
+    ((path, figure),) = figures.items()
     assert path == tmp_path / "convergence.png" and str(path) in text
     x = ["steps of stage 1 or baseline", "training seconds"]
     y = ["FD (log scale): lower is better", "Inception Score: higher is better"]
@@ -352,7 +349,7 @@ def test_colours_are_ranks_along_the_principal_components():
             assert any((colors[:, i] == one).all() for one in wanted)
 
 
-def test_anatomy_shows_a_real_image_and_a_sample_step_by_step(trained, monkeypatch):
+def test_anatomy_shows_a_real_image_and_a_sample(trained, figures, monkeypatch):
     own, (models, made) = G.numpy(), load_models(trained, "ctf", results.CPU)
     # Stand-ins for both Transformers: logits that depend on the labels and y.
     first, second = torch.randn(M, M), 3 * torch.randn(M, 10)
@@ -365,12 +362,9 @@ def test_anatomy_shows_a_real_image_and_a_sample_step_by_step(trained, monkeypat
     samples["fine"] = fine[5:7]
     given = [(samples, models, made)]
     monkeypatch.setattr(results, "sample_sets", lambda *_: given)
-    drawn = []
-    save = lambda self, path, **how: drawn.append((self, path))
-    monkeypatch.setattr(tokenizer.Figure, "savefig", save)
     path = trained / "anatomy.png"
-    assert results.anatomy([trained]) == str(path) and drawn[0][1] == path
-    figure = drawn[0][0]
+    assert results.anatomy([trained]) == str(path)
+    figure = figures[path]
     assert figure.get_suptitle() == "class cat: a real image and a sample"
     panels = [(ax, ax.images[0].get_array()) for ax in figure.axes if ax.images]
     (i,) = (j for j in range(len(x)) if (x[j].numpy() == panels[0][1]).all())
