@@ -63,9 +63,9 @@ settings_photographs() {
     out=$OUT/photographs first=photographs judge_steps=3000
     rates="5e-4 2e-3 4e-3 8e-3"
     guidance="1 2 3 4 6 8 12" near="1.5 2 2.5 3 3.5 4"
-    lr1=1e-3 lr2=3e-3 lrb=1e-3
-    plain=([ctf]="4 1" [baseline]="8 1")
-    tuned=([ctf]="4 0.9" [baseline]="8 0.9")
+    lr1=1e-3 lr2=3e-3 lrb=4e-3
+    plain=([ctf]="3 1" [baseline]="3 1")
+    tuned=([ctf]="2.5 0.9" [baseline]="3 0.9")
 }
 
 # --------------------------------------------------------------------------- The tables
