@@ -283,6 +283,16 @@ def test_tables_of_results_md_are_what_results_py_prints(monkeypatch, capsys):
         assert capsys.readouterr().out.startswith(table), command
 
 
+def test_the_table_of_the_readme_is_that_of_the_default_run():
+    readme = (ROOT / "README.md").read_text("utf-8").replace("**", "")
+    lines = set(readme.replace(" (the default)", "").splitlines())
+    for name, rows in (("out", slice(None)), ("argmax", slice(-1, None))):
+        file = ROOT / ".github" / "results" / "default" / f"{name}.json"
+        found = json.loads(file.read_text("utf-8"))["rows"][rows]
+        table = evaluate.markdown_table(found).replace("|  |", "| |")
+        assert lines.issuperset(table.splitlines())
+
+
 @pytest.mark.parametrize("data", ["digits"])
 def test_the_selection_shows_the_lowest_fd_of_all_rows(data):
     text = (ROOT / ".github" / "RESULTS.md").read_text("utf-8")
