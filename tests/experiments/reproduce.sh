@@ -65,7 +65,7 @@ settings_photographs() {
     guidance="1 2 3 4 6 8 12" near="1.5 2 2.5 3 3.5 4"
     lr1=1e-3 lr2=3e-3 lrb=4e-3
     plain=([ctf]="3 1" [baseline]="3 1")
-    tuned=([ctf]="2.5 0.9" [baseline]="3 0.9")
+    tuned=([ctf]="3 1" [baseline]="2 0.9")
 }
 
 # --------------------------------------------------------------------------- The tables

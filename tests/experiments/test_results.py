@@ -293,7 +293,7 @@ def test_the_table_of_the_readme_is_that_of_the_default_run():
         assert lines.issuperset(table.splitlines())
 
 
-@pytest.mark.parametrize("data", ["digits"])
+@pytest.mark.parametrize("data", ["digits", "photographs"])
 def test_the_selection_shows_the_lowest_fd_of_all_rows(data):
     text = (ROOT / ".github" / "RESULTS.md").read_text("utf-8")
     text = text.partition(f"## Selection, {data}")[2].replace("**", "")
