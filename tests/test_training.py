@@ -191,8 +191,8 @@ def test_what_it_writes_prints_and_draws(name, out, images, monkeypatch, capsys)
     monkeypatch.undo()  # no_pictures
     figures = conftest.keep_figures(monkeypatch)
     saved = training("--steps 4 --save-every 3")
-    picture = (training.out / name).with_suffix(".png")
-    assert {*training.out.iterdir()} == {training.out / name, picture}
+    assert {p.name for p in training.out.iterdir()} == {name, name.replace("pt", "png")}
+    (figure,) = figures.values()
     assert saved["codebook_id"] == "the-codebook"
     cluster_id = None if name == "baseline.pt" else "the-clusters"
     assert saved.get("cluster_id") == cluster_id
@@ -208,7 +208,7 @@ def test_what_it_writes_prints_and_draws(name, out, images, monkeypatch, capsys)
         "fine.pt": (within, f"{M} coarse to {K} fine labels", f"(K = {K}, M = {M})"),
     }[name]
     assert said in printed and f"{guess:.3f} nats" in printed
-    (ax,) = figures[picture].axes
+    (ax,) = figure.axes
     assert ax.get_title().startswith(f"{name}: ") and title in ax.get_title()
     assert "nats" in ax.get_ylabel() and ax.get_xlabel() == "step"
     lines = {line.get_label().split()[0]: line for line in ax.lines}

@@ -171,7 +171,8 @@ the fine labels directly.
 frechet-distance, 25: frechet_distance in evaluate.py
 FID (Heusel et al. 2017), equation 6
 Compute the squared distance of the means plus the trace of S1 + S2 - 2 (S1 S2)^1/2.
-    test_frechet_distance_against_its_definition
+    test_frechet_distance_of_correlated_features
+    test_frechet_distance_of_independent_features_in_closed_form
     test_frechet_distance_of_singular_covariances
 
 precision-recall, 25: covered in evaluate.py
