@@ -294,7 +294,7 @@ def test_the_table_of_the_readme_is_that_of_the_default_run():
 
 
 @pytest.mark.parametrize("data", ["digits", "photographs"])
-def test_the_selection_shows_the_lowest_fd_of_all_rows(data):
+def test_the_selection_shows_and_chooses_the_lowest_fd_of_all_rows(data):
     text = (ROOT / ".github" / "RESULTS.md").read_text("utf-8")
     text = text.partition(f"## Selection, {data}")[2].partition("\n## ")[0]
     text = text.replace("**", "")
@@ -310,22 +310,30 @@ def test_the_selection_shows_the_lowest_fd_of_all_rows(data):
                 keys = [name] if "top_p" in flags else [T, "any"]
             for key in keys:  # the lowest FD of a model comes first
                 found.setdefault((model, key), (name, fd, f"{fd} ({s})"))
-    for label, model, default, start in (
-        ("stage 1 (stage 2 at 3e-3)", "CTF", "1e-3", "lr"),
-        ("stage 2 (stage 1 at 1e-3)", "CTF", "3e-3", "fine-lr"),
-        ("baseline", "baseline", "1e-3", "lr"),
+    script = (ROOT / "tests" / "experiments" / "reproduce.sh").read_text("utf-8")
+    settings = script.partition(f"settings_{data}()")[2].partition("\n}")[0]
+    for label, model, default, start, variable in (
+        ("stage 1 (stage 2 at 3e-3)", "CTF", "1e-3", "lr", "lr1"),
+        ("stage 2 (stage 1 at 1e-3)", "CTF", "3e-3", "fine-lr", "lr2"),
+        ("baseline", "baseline", "1e-3", "lr", "lrb"),
     ):
-        cells = [label]
+        cells, distances = [label], {}
         for lr in ("5e-4", "1e-3", "2e-3", "3e-3", "4e-3", "8e-3"):
             key = model, "default" if lr == default else start + lr
-            cells.append(found.get(key, [""])[-1])
+            _, distances[lr], cell = found.get(key, ("", "inf", ""))
+            cells.append(cell)
         assert f"| {' | '.join(cells)} |".replace("|  |", "| |") in text
+        chosen = re.search(rf"{variable}=(\S*)", settings)[1]
+        assert distances[chosen] == min(distances.values(), key=float)
     for model in ("CTF", "baseline"):
-        name, _, best = found[model, "any"]
-        T = name.partition("-")[0].removeprefix("T")
+        name, fd, best = found[model, "any"]
+        T, s = name.removeprefix("T").split("-cfg")
         top_p = found[model, "tuned-top-p"][1]
         cells = model, found[model, "T1"][-1], f"{T}: {best}", top_p
         assert f"| {' | '.join(cells)} |" in text
+        flags = " --top-p 0.9" if float(top_p) < float(fd) else ""
+        tuned = settings.partition("tuned=")[2]
+        assert f'[{model.lower()}]="{s} {T}{flags}"' in tuned
 
 
 def test_convergence_over_steps_and_over_seconds(tmp_path, figures):
