@@ -283,6 +283,19 @@ def test_tables_of_results_md_are_what_results_py_prints(monkeypatch, capsys):
         assert capsys.readouterr().out.startswith(table), command
 
 
+@pytest.mark.parametrize("data", ["digits", "photographs"])
+def test_the_ratios_in_words_are_those_of_compare(data):
+    folder = ROOT / ".github" / "results" / f"table1_{data}"
+    _, _, line = results.compare(sorted(folder.glob("*-tuned.json"))).splitlines()
+    ratio, interval, p, verdict = line.strip("| ").split(" | ")[-4:]
+    readme = (ROOT / "README.md").read_text("utf-8")
+    text = (ROOT / ".github" / "RESULTS.md").read_text("utf-8")
+    text = text.partition(f"## Table 1, {data}")[2].partition("\n## ")[0]
+    found = f"{ratio}, 95% interval {interval}"
+    assert found in " ".join(readme.split())
+    assert f"{found}, p = {p}: {verdict}." in " ".join(text.split())
+
+
 def test_the_table_of_the_readme_is_that_of_the_default_run():
     readme = (ROOT / "README.md").read_text("utf-8").replace("**", "")
     lines = set(readme.replace(" (the default)", "").splitlines())
