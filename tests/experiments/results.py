@@ -171,8 +171,9 @@ def convergence(paths):
             above.yaxis.set_major_formatter("{x:g}")
             above.yaxis.set_minor_formatter("")
             below.set(xlabel=xlabel, ylabel="Inception Score: higher is better")
-            above.legend()
-            below.legend()
+        # The names are wider than a panel, and the same in all of them.
+        lines = left[0].get_lines()
+        figure.legend(handles=lines, loc="outside lower center", ncols=len(lines))
     return f"{rows(paths)}\n\n{file} shows them."
 
 

@@ -349,6 +349,36 @@ def test_the_selection_shows_and_chooses_the_lowest_fd_of_all_rows(data):
         assert f'[{model.lower()}]="{s} {T}{flags}"' in tuned
 
 
+def cells_of_runs(table, runs, model, key="fd"):
+    """A number of the model's row in each of results/TABLE/RUN.json, as text."""
+    folder = ROOT / ".github" / "results" / table
+    files = [json.loads((folder / f"{run}.json").read_text("utf-8")) for run in runs]
+    rows = [row for file in files for row in file["rows"] if row.get("model") == model]
+    assert len(rows) == len(runs)
+    return [f"{row[key]:.2f}" for row in rows]
+
+
+def test_ablations_and_convergence_in_results_md_are_those_of_the_runs():
+    text = (ROOT / ".github" / "RESULTS.md").read_text("utf-8")
+    for label, runs in {
+        "random clusters; M = 32, 128, 256, 512": "random M32 plain M256 M512",
+        "1, 2, 4 layers of stage 2": "layers1 plain layers4",
+        "top-k 1, 8, 32, all of stage 2": "top-k1 top-k8 top-k32 plain",
+        "temperature 0.9, 1, 1.1 of stage 1": "T0.9 plain T1.1",
+        "temperature 0.9, 1, 1.1 of stage 2": "fine-T0.9 plain fine-T1.1",
+    }.items():
+        runs = [x if x[0] in "rM" else f"seed1-{x}" for x in runs.split()]
+        lists = [
+            ", ".join(cells_of_runs("ablations", runs, "ctf", key))
+            for key in ("fd", "inception_score")
+        ]
+        assert f"| {label} | {' | '.join(lists)} |" in text
+    copies = [f"seed1-kept-{n:02}" for n in range(1, 11)]
+    for name, model in (("CTF", "ctf"), ("baseline", "baseline")):
+        cells = name, *cells_of_runs("convergence", copies, model)
+        assert f"| {' | '.join(cells)} |" in text
+
+
 def test_convergence_over_steps_and_over_seconds(tmp_path, figures):
     folders = [run(tmp_path / f"kept-{n:02}", n, steps=(7 * n, n)) for n in (2, 1, 3)]
     text = results.convergence(folders)
@@ -360,14 +390,16 @@ def test_convergence_over_steps_and_over_seconds(tmp_path, figures):
     for i, ax in enumerate(figure.axes):
         assert (ax.get_xlabel(), ax.get_ylabel()) == (x[i % 2], y[i // 2])
         assert ax.get_yscale() == ("log" if i < 2 else "linear")
-        names = [entry.get_text() for entry in ax.get_legend().get_texts()]
-        assert names == ["CTF", "baseline"]
+        assert ax.get_legend() is None  # it would hide points
         for j, line in enumerate(ax.get_lines()):
             xs = [10 ** (j + 2) * n for n in (1, 2, 3)] if i % 2 else [7, 14, 21]
             ys = [10 * (i // 2) + n + j + 2 for n in (1, 2, 3)]
             assert line.get_xydata().tolist() == [list(pair) for pair in zip(xs, ys)]
             assert line.get_color() == ["tab:orange", "tab:blue"][j]
     assert len(figure.axes) == 4
+    ((ctf, baseline),) = (legend.legend_handles for legend in figure.legends)
+    assert (ctf.get_label(), ctf.get_color()) == ("CTF", "tab:orange")
+    assert (baseline.get_label(), baseline.get_color()) == ("baseline", "tab:blue")
 
 
 def test_colours_are_ranks_along_the_principal_components():
