@@ -375,8 +375,8 @@ def test_ablations_and_convergence_in_results_md_are_those_of_the_runs():
         assert f"| {label} | {' | '.join(lists)} |" in text
     copies = [f"seed1-kept-{n:02}" for n in range(1, 11)]
     for name, model in (("CTF", "ctf"), ("baseline", "baseline")):
-        cells = name, *cells_of_runs("convergence", copies, model)
-        assert f"| {' | '.join(cells)} |" in text
+        cells = ", ".join(cells_of_runs("convergence", copies, model))
+        assert f"| {name} | {cells} |" in text
 
 
 def test_convergence_over_steps_and_over_seconds(tmp_path, figures):
