@@ -283,17 +283,22 @@ def test_tables_of_results_md_are_what_results_py_prints(monkeypatch, capsys):
         assert capsys.readouterr().out.startswith(table), command
 
 
+def section(title):
+    """The section of RESULTS.md whose title begins so."""
+    text = (ROOT / ".github" / "RESULTS.md").read_text("utf-8")
+    return text.partition(f"## {title}")[2].partition("\n## ")[0]
+
+
 @pytest.mark.parametrize("data", ["digits", "photographs"])
 def test_the_ratios_in_words_are_those_of_compare(data):
     folder = ROOT / ".github" / "results" / f"table1_{data}"
     _, _, line = results.compare(sorted(folder.glob("*-tuned.json"))).splitlines()
     ratio, interval, p, verdict = line.strip("| ").split(" | ")[-4:]
     readme = (ROOT / "README.md").read_text("utf-8")
-    text = (ROOT / ".github" / "RESULTS.md").read_text("utf-8")
-    text = text.partition(f"## Table 1, {data}")[2].partition("\n## ")[0]
     found = f"{ratio}, 95% interval {interval}"
     assert found in " ".join(readme.split())
-    assert f"{found}, p = {p}: {verdict}." in " ".join(text.split())
+    text = " ".join(section(f"Table 1, {data}").split())
+    assert f"{found}, p = {p}: {verdict}." in text
 
 
 def test_the_table_of_the_readme_is_that_of_the_default_run():
@@ -308,9 +313,7 @@ def test_the_table_of_the_readme_is_that_of_the_default_run():
 
 @pytest.mark.parametrize("data", ["digits", "photographs"])
 def test_the_selection_shows_and_chooses_the_lowest_fd_of_all_rows(data):
-    text = (ROOT / ".github" / "RESULTS.md").read_text("utf-8")
-    text = text.partition(f"## Selection, {data}")[2].partition("\n## ")[0]
-    text = text.replace("**", "")
+    text = section(f"Selection, {data}").replace("**", "")
     row = r"\| (CTF|baseline).*guidance ([\d.]*)(.*) \| (\S*) \| 0 \| 2000 \| (\S*)"
     found = {}
     for table in ("rates", "sampling"):
@@ -359,7 +362,6 @@ def cells_of_runs(table, runs, model, key="fd"):
 
 
 def test_ablations_and_convergence_in_results_md_are_those_of_the_runs():
-    text = (ROOT / ".github" / "RESULTS.md").read_text("utf-8")
     for label, runs in {
         "random clusters; M = 32, 128, 256, 512": "random M32 plain M256 M512",
         "1, 2, 4 layers of stage 2": "layers1 plain layers4",
@@ -372,11 +374,11 @@ def test_ablations_and_convergence_in_results_md_are_those_of_the_runs():
             ", ".join(cells_of_runs("ablations", runs, "ctf", key))
             for key in ("fd", "inception_score")
         ]
-        assert f"| {label} | {' | '.join(lists)} |" in text
+        assert f"| {label} | {' | '.join(lists)} |" in section("Ablations")
     copies = [f"seed1-kept-{n:02}" for n in range(1, 11)]
     for name, model in (("CTF", "ctf"), ("baseline", "baseline")):
         cells = ", ".join(cells_of_runs("convergence", copies, model))
-        assert f"| {name} | {cells} |" in text
+        assert f"| {name} | {cells} |" in section("Convergence")
 
 
 def test_convergence_over_steps_and_over_seconds(tmp_path, figures):
