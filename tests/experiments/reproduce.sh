@@ -28,7 +28,7 @@ table1_digits              260  CTF against its baseline, seeds 1 to 5 (sampling
 ablations                   80  clusters, layers, top-k, temperatures (table1_digits)
 convergence                 30  figure 2, the copies of seed 1 (table1_digits)
 second_tokenizer           100  table 1 with another tokenizer (table1_digits)
-rates_k                    180  learning rates for three sizes K of the codebook (default)
+rates_k                    225  learning rates for three sizes K of the codebook (default)
 over_k                      60  table 1 over K, seed 1 (rates_k)
 speed                       10  table 2; nothing else may run beside it
 photographs                 55  default, on CIFAR-10
@@ -43,7 +43,7 @@ END
 # The grids to choose from, and what the tables of rates_* and sampling_* chose on seed
 # 0. A grid is extended until the best lies inside it.
 RATES_STAGE2="5e-4 1e-3 2e-3 4e-3 8e-3" # 3e-3 is the default
-RATES_K="1e-3 2e-3 4e-3 8e-3"
+RATES_K="5e-4 1e-3 2e-3 4e-3 8e-3"
 TEMPERATURES="0.4 0.5 0.6 0.7 0.8 0.9 1 1.1 1.2"
 MANY="--num-samples 5000"
 declare -A plain tuned # guidance and temperature, 1 or the best; then other flags
