@@ -9,8 +9,8 @@ It differs from that of "Attention is all you need" in this:
   silu(a) = a sigmoid(a).
 - 2D rotary positions: nothing is added to the embeddings. Queries and keys are rotated
   (rotary_table).
-- no biases, no dropout; the embedding and the head do not share their weights; the
-  sequence begins with the class.
+- no biases; the embedding and the head do not share their weights; the sequence begins
+  with the class. (LlamaGen has dropout 0.1, this Transformer has none.)
 
     python ar_model.py                  # CTF's stage 1, over M coarse labels: coarse.pt
     python ar_model.py --labels fine    # the baseline, over K fine labels: baseline.pt
@@ -295,7 +295,7 @@ def gumbel_max(logits, generator):
 
     The Gumbel-max trick: add independent Gumbel noise, -ln(-ln u) with u uniform in
     0..1, to every logit. Then the argmax is index i with probability
-    softmax(logits)[i]. 3 to 5 times as fast as torch.multinomial at V = 4096.
+    softmax(logits)[i]. It is faster than torch.multinomial.
     """
     uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
     uniform = uniform.clamp(1e-20, 1 - 1e-7)  # at 0 and 1 the noise is infinite

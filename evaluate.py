@@ -108,7 +108,7 @@ def distances(points, members):
     return torch.cdist(points, members, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-# ----------------------------------------------------- The networks that look at images
+# --------------------------------------------------------------------------- The judge
 
 
 class Classifier(nn.Module):

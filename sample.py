@@ -38,8 +38,8 @@ from ar_model import ARConfig, ARModel, Sampling, generate
 from aux_model import AuxConfig, AuxModel, predict_fine
 
 FILES = {"ctf": "samples.pt", "baseline": "samples-baseline.pt"}
-# The defaults of stage 1 or the baseline (guidance 2 has the lowest FD on digits), and
-# of stage 2 (sampled fine labels, as in the paper).
+# The defaults of stage 1 or the baseline (guidance 2 gives the default stage 1 its
+# lowest FD on digits), and of stage 2 (sampled fine labels, as in the paper).
 STAGE1, STAGE2 = Sampling(cfg_scale=2.0), Sampling()
 
 # --------------------------------------------------------------- From classes to pixels
@@ -156,7 +156,7 @@ def parse_args(argv):
     add("--model", choices=list(FILES), default="ctf", help="what to sample")
     add("--num-samples", type=number(int, 1), default=2000, help="number of images")
     add("--batch-size", type=number(int, 1), default=100, help="images per batch")
-    add("--classes", nargs="+", help="names (default: as in the test set)")
+    add("--classes", nargs="+", help="names; None: as in the test set")
     add("--export", action="store_true", help="also write .npz and PNG files")
     for prefix, usual in (("", STAGE1), ("fine-", STAGE2)):
         title = "stage 2" if prefix else "stage 1, or the baseline"

@@ -31,7 +31,7 @@ Axis legend of all files: B batch, N images, T tokens, H W pixels, h w token gri
 codes, M clusters, S codes in the largest cluster, d code dimension, V vocabulary of the
 model at hand, D features of the judge, n any number of rows; N' is the size of a second
 set. y is the class of an image: what the image shows. A label is always the label of a
-token. Arguments called tokens are the labels of all tokens, row by row.
+token. Arguments called tokens are labels, row by row of the token grid.
 """
 
 import argparse
@@ -570,7 +570,7 @@ def learning_rate(step, steps, peak, warmup=50):
     """Linear warm-up, then a cosine from peak down to a tenth of it."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)  # 0 .. 1
+    progress = (step - warmup) / (steps - warmup)  # 0 .. 1
     return peak * (0.55 + 0.45 * math.cos(math.pi * progress))  # from 1 to 0.1 of peak
 
 
