@@ -42,8 +42,7 @@ END
 
 # The grids to choose from, and what the tables of rates_* and sampling_* chose on seed
 # 0. A grid is extended until the best lies inside it.
-RATES_STAGE2="5e-4 1e-3 2e-3 4e-3 8e-3" # 3e-3 is the default
-RATES_K="5e-4 1e-3 2e-3 4e-3 8e-3"
+RATES="5e-4 1e-3 2e-3 4e-3 8e-3" # of stage 2, whose default is 3e-3; and over K
 TEMPERATURES="0.4 0.5 0.6 0.7 0.8 0.9 1 1.1 1.2"
 MANY="--num-samples 5000"
 declare -A plain tuned # guidance and temperature, 1 or the best; then other flags
@@ -103,7 +102,7 @@ rates() {
         once ar_model.py "$to/lr$lr" --lr $lr
         once ar_model.py "$to/lr$lr" --lr $lr --labels fine
     done
-    for lr in $RATES_STAGE2; do once aux_model.py "$to/fine-lr$lr" --lr $lr; done
+    for lr in $RATES; do once aux_model.py "$to/fine-lr$lr" --lr $lr; done
     settle
     for folder in "$to"/{default,lr*,fine-lr*}; do
         for s in $guidance; do
@@ -232,13 +231,13 @@ rates_k() { # 1,000 steps; K = 4096 has the tokenizer and the clusters of $out
         [ $K = 4096 ] || once tokenizer.py "$to" --codebook-size $K
         [ $K = 4096 ] || once cluster.py "$to"
         once aux_model.py "$to"
-        for lr in $RATES_K; do
+        for lr in $RATES; do
             once ar_model.py "$to/lr$lr" --steps 1000 --lr $lr
             once ar_model.py "$to/lr$lr" --steps 1000 --lr $lr --labels fine
         done
         settle
         cp "$out/classifier.pt" "$to" # the same judge
-        for lr in $RATES_K; do
+        for lr in $RATES; do
             for s in 1 1.5 2 3 4; do
                 draw ctf "$to/lr$lr/cfg$s" $s 1
                 draw baseline "$to/lr$lr/cfg$s" $s 1
