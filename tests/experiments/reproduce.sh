@@ -27,8 +27,8 @@ sampling_digits             95  guidance, temperature and top-p, seed 0 (rates_d
 table1_digits              260  CTF against its baseline, seeds 1 to 5 (sampling_digits)
 ablations                   80  clusters, layers, top-k, temperatures (table1_digits)
 convergence                 30  figure 2, the copies of seed 1 (table1_digits)
-second_tokenizer           100  table 1 with another tokenizer (table1_digits)
-rates_k                    225  learning rates for three sizes K of the codebook (default)
+second_tokenizer            90  table 1 with another tokenizer, two seeds (default)
+rates_k                    260  learning rates for three sizes K of the codebook (default)
 over_k                      60  table 1 over K, seed 1 (rates_k)
 speed                       10  table 2; nothing else may run beside it
 photographs                 55  default, on CIFAR-10
@@ -42,12 +42,19 @@ END
 
 # The grids to choose from, and what the tables of rates_* and sampling_* chose on seed
 # 0. A grid is extended until the best lies inside it.
-RATES="5e-4 1e-3 2e-3 4e-3 8e-3" # of stage 2, whose default is 3e-3; and over K
+RATES="5e-4 1e-3 2e-3 4e-3 8e-3" # of stage 2, whose default is 3e-3
 TEMPERATURES="0.4 0.5 0.6 0.7 0.8 0.9 1 1.1 1.2"
 MANY="--num-samples 5000"
 declare -A plain tuned # guidance and temperature, 1 or the best; then other flags
-declare -A for_k=(     # learning rate and guidance of stage 1, and of the baseline
-    [1024]="1e-3 3 4e-3 3" [4096]="1e-3 3 4e-3 2" [16384]="1e-3 2 8e-3 3")
+# Over K: the rates of stage 1 and of the baseline; and what they chose, the learning
+# rate and guidance of stage 1, and of the baseline.
+declare -A rates_1=(
+    [1024]="5e-4 1e-3 2e-3" [4096]="5e-4 1e-3 2e-3 4e-3" [16384]="5e-4 1e-3 2e-3")
+declare -A rates_b=(
+    [1024]="1e-3 2e-3 4e-3 8e-3" [4096]="2e-3 4e-3 8e-3 16e-3"
+    [16384]="1e-3 2e-3 4e-3 8e-3")
+declare -A for_k=(
+    [1024]="1e-3 3 2e-3 3" [4096]="2e-3 3 8e-3 2" [16384]="1e-3 3 2e-3 4")
 
 settings_digits() {
     out=$OUT first=default judge_steps=800
@@ -210,17 +217,20 @@ convergence() {
     table convergence "$out"/seed1/kept-*
 }
 
-second_tokenizer() {
-    need "$OUT/.done/table1_digits" table1_digits
-    local way to=$out/tokenizer1
+second_tokenizer() { # the primary comparison; that of the first tokenizer is table 1
+    need "$out/metrics.json" default
+    local seed to=$out/tokenizer1
     once tokenizer.py "$to" --seed 1
     once cluster.py "$to"
-    train "$to/seed1" --seed 1
-    train "$to/seed2" --seed 2
+    for seed in 1 2; do train "$to/seed$seed" --seed $seed; done
     settle
     cp "$out/classifier.pt" "$to" # the same judge
-    four_ways "$to"/seed{1,2}
-    for way in {plain,tuned}{,-argmax}; do table rows {"$out","$to"}/seed{1,2}/$way; done
+    for seed in 1 2; do
+        draw ctf "$to/seed$seed" ${tuned[ctf]} $MANY
+        draw baseline "$to/seed$seed" ${tuned[baseline]} $MANY
+    done
+    judge "$to"/seed{1,2}
+    table rows "$to"/seed{1,2}
 }
 
 rates_k() { # 1,000 steps; K = 4096 has the tokenizer and the clusters of $out
@@ -231,17 +241,17 @@ rates_k() { # 1,000 steps; K = 4096 has the tokenizer and the clusters of $out
         [ $K = 4096 ] || once tokenizer.py "$to" --codebook-size $K
         [ $K = 4096 ] || once cluster.py "$to"
         once aux_model.py "$to"
-        for lr in $RATES; do
+        for lr in ${rates_1[$K]}; do
             once ar_model.py "$to/lr$lr" --steps 1000 --lr $lr
+        done
+        for lr in ${rates_b[$K]}; do
             once ar_model.py "$to/lr$lr" --steps 1000 --lr $lr --labels fine
         done
         settle
         cp "$out/classifier.pt" "$to" # the same judge
-        for lr in $RATES; do
-            for s in 1 1.5 2 3 4; do
-                draw ctf "$to/lr$lr/cfg$s" $s 1
-                draw baseline "$to/lr$lr/cfg$s" $s 1
-            done
+        for s in 1 1.5 2 3 4 6; do
+            for lr in ${rates_1[$K]}; do draw ctf "$to/lr$lr/cfg$s" $s 1; done
+            for lr in ${rates_b[$K]}; do draw baseline "$to/lr$lr/cfg$s" $s 1; done
         done
         table best "$to"/lr*
     done
