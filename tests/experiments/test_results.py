@@ -381,6 +381,31 @@ def test_ablations_and_convergence_in_results_md_are_those_of_the_runs():
         assert f"| {name} | {cells} |" in section("Convergence")
 
 
+def test_over_k_each_model_has_its_best_settings_and_its_own_numbers():
+    tables = ROOT / ".github" / "results"
+    row = r"\| (CTF|baseline).* \| out/K(\d+)/lr(\S*)/cfg(\S*) \| 0 \| 2000 \| (\S*)"
+    found = {}
+    for model, size, *own in re.findall(
+        row, (tables / "rates_k" / "tables.md").read_text("utf-8")
+    ):
+        found.setdefault((model, size), []).append(own)
+    script = (ROOT / "tests" / "experiments" / "reproduce.sh").read_text("utf-8")
+    printed = (tables / "over_k" / "tables.md").read_text("utf-8")
+    for size in ("1024", "4096", "16384"):
+        cells, settings = [size], []
+        for model in ("CTF", "baseline"):
+            own = found[model, size]
+            best = min(own, key=lambda cells: float(cells[-1]))[:2]
+            for value, *tried in zip(best, *own):  # the best lies inside the grid
+                assert min(map(float, tried)) < float(value) < max(map(float, tried))
+            fd = cells_of_runs("over_k", [f"K{size}-seed1"], model.lower())
+            cells += ["{} ({})".format(*best), *fd]
+            settings += best
+        cells += re.search(rf"/K{size}/seed1 \| (\d\S*) \| (\d\S*)", printed).groups()
+        assert f"| {' | '.join(cells)} |" in section("Over K")
+        assert f'[{size}]="{" ".join(settings)}"' in script
+
+
 def test_convergence_over_steps_and_over_seconds(tmp_path, figures):
     folders = [run(tmp_path / f"kept-{n:02}", n, steps=(7 * n, n)) for n in (2, 1, 3)]
     text = results.convergence(folders)
