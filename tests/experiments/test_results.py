@@ -401,7 +401,8 @@ def test_over_k_each_model_has_its_best_settings_and_its_own_numbers():
             fd = cells_of_runs("over_k", [f"K{size}-seed1"], model.lower())
             cells += ["{} ({})".format(*best), *fd]
             settings += best
-        cells += re.search(rf"/K{size}/seed1 \| (\d\S*) \| (\d\S*)", printed).groups()
+        bits = re.search(rf"/K{size}/seed1 \| (\d\S*) \| (\d\S*)", printed)
+        cells.append(", ".join(bits.groups()))
         assert f"| {' | '.join(cells)} |" in section("Over K")
         assert f'[{size}]="{" ".join(settings)}"' in script
 
