@@ -29,7 +29,7 @@ ablations                   80  clusters, layers, top-k, temperatures (table1_di
 convergence                 30  figure 2, the copies of seed 1 (table1_digits)
 second_tokenizer            90  table 1 with another tokenizer, two seeds (default)
 rates_k                    260  learning rates for three sizes K of the codebook (default)
-over_k                      60  table 1 over K, seed 1 (rates_k)
+over_k                      60  CTF against its baseline over K, seed 1 (rates_k)
 speed                       10  table 2; nothing else may run beside it
 photographs                 55  default, on CIFAR-10
 rates_photographs          200  as for digits (photographs)
