@@ -407,6 +407,14 @@ def test_over_k_each_model_has_its_best_settings_and_its_own_numbers():
         assert f'[{size}]="{" ".join(settings)}"' in script
 
 
+def test_the_second_tokenizers_fd_in_results_md_is_that_of_the_runs():
+    text = " ".join(section("A second tokenizer").split())
+    for name, model in (("CTF", "ctf"), ("the baseline", "baseline")):
+        runs = ["tokenizer1-seed1", "tokenizer1-seed2"]
+        cells = cells_of_runs("second_tokenizer", runs, model)
+        assert f"of {name} {' and '.join(cells)}" in text
+
+
 def test_convergence_over_steps_and_over_seconds(tmp_path, figures):
     folders = [run(tmp_path / f"kept-{n:02}", n, steps=(7 * n, n)) for n in (2, 1, 3)]
     text = results.convergence(folders)
