@@ -383,28 +383,35 @@ def test_ablations_and_convergence_in_results_md_are_those_of_the_runs():
 
 def test_over_k_each_model_has_its_best_settings_and_its_own_numbers():
     tables = ROOT / ".github" / "results"
-    row = r"\| (CTF|baseline).* \| out/K(\d+)/lr(\S*)/cfg(\S*) \| 0 \| 2000 \| (\S*)"
-    found = {}
-    for model, size, *own in re.findall(
-        row, (tables / "rates_k" / "tables.md").read_text("utf-8")
-    ):
-        found.setdefault((model, size), []).append(own)
-    script = (ROOT / "tests" / "experiments" / "reproduce.sh").read_text("utf-8")
+    searched = (tables / "rates_k" / "tables.md").read_text("utf-8")
     printed = (tables / "over_k" / "tables.md").read_text("utf-8")
+    script = (ROOT / "tests" / "experiments" / "reproduce.sh").read_text("utf-8")
+    row = r"\| (CTF|baseline).* \| out/K(\d+)/lr(\S*)/cfg(\S*) \| 0 \| 2000 \| (\S*)"
+    found, ratios, ratios_0 = {}, [], []
+    for model, size, *own in re.findall(row, searched):
+        found.setdefault((model, size), []).append(own)
     for size in ("1024", "4096", "16384"):
-        cells, settings = [size], []
+        cells, settings, fd, fd_0 = [size], [], [], []
         for model in ("CTF", "baseline"):
             own = found[model, size]
-            best = min(own, key=lambda cells: float(cells[-1]))[:2]
-            for value, *tried in zip(best, *own):  # the best lies inside the grid
+            lr, s, lowest = min(own, key=lambda one: float(one[2]))
+            for value, *tried in zip((lr, s), *own):  # the best lies inside the grid
                 assert min(map(float, tried)) < float(value) < max(map(float, tried))
-            fd = cells_of_runs("over_k", [f"K{size}-seed1"], model.lower())
-            cells += ["{} ({})".format(*best), *fd]
-            settings += best
+            fd += cells_of_runs("over_k", [f"K{size}-seed1"], model.lower())
+            fd_0.append(lowest)
+            cells += [f"{lr} ({s})", fd[-1]]
+            settings += [lr, s]
         bits = re.search(rf"/K{size}/seed1 \| (\d\S*) \| (\d\S*)", printed)
         cells.append(", ".join(bits.groups()))
         assert f"| {' | '.join(cells)} |" in section("Over K")
         assert f'[{size}]="{" ".join(settings)}"' in script
+        ratios.append(f"{float(fd[1]) / float(fd[0]):.1f}")
+        ratios_0.append(f"{float(fd_0[1]) / float(fd_0[0]):.1f}")
+    text = f"The baseline's FD is {', '.join(ratios)} times CTF's"
+    assert f"{text}; with seed 0 (selection) {', '.join(ratios_0)}." in section(
+        "Over K"
+    )
+    assert text[4:] in (ROOT / "README.md").read_text("utf-8")
 
 
 def test_the_second_tokenizers_fd_in_results_md_is_that_of_the_runs():
