@@ -17,7 +17,8 @@ OF_BOTH = ["rates", "sampling", "table1"]
 NAMES = ["default", "random", *(f"{name}_digits" for name in OF_BOTH), "ablations"]
 NAMES += ["convergence", "second_tokenizer", "rates_k", "over_k", "speed"]
 NAMES += ["photographs", *(f"{name}_photographs" for name in OF_BOTH)]
-# It logs what begins and ends, and fails where the file "broken" names its script.
+# It logs what begins and ends, and fails where the file "broken" names its script. A
+# training waits until as many have begun as the file "await" says, for 20 s at most.
 PYTHON = """#!/usr/bin/env bash
 echo "begin ${OMP_NUM_THREADS:-all} $*" >> log
 case $1 in
@@ -25,7 +26,12 @@ case $1 in
     *) echo "progress" && mkdir -p "$3" ;;
 esac
 [ ! -e broken ] || [ "$1" != "$(cat broken)" ] || exit 1
-[ $1 != ar_model.py ] || { touch "$3/coarse.pt" && sleep 0.3; }
+[ $1 != ar_model.py ] || touch "$3/coarse.pt"
+for _ in {1..1000}; do
+    [[ $1 = *_model.py && -e await ]] || break
+    [ "$(grep -c "begin .*_model.py" log)" -lt "$(cat await)" ] || break
+    sleep 0.02
+done
 [ $1 != evaluate.py ] || touch "$3/metrics.json"
 echo "end $*" >> log
 """
@@ -99,11 +105,13 @@ def test_a_stopped_training_is_resumed(call):
 def test_what_runs_ends_with_the_script(call):
     command = ["bash", "tests/experiments/reproduce.sh", "-j", "2", "default"]
     log = call.home / "log"
+    (call.home / "await").write_text("9")
     with subprocess.Popen(command, cwd=call.home, stderr=subprocess.DEVNULL) as process:
         while not log.exists() or "ar_model" not in log.read_text():
             time.sleep(0.01)
         process.terminate()
-    time.sleep(0.5)  # a training takes 0.3 seconds
+    (call.home / "await").unlink()  # a training that still runs would end now
+    time.sleep(0.5)
     assert process.returncode == 1 and "end ar_model.py" not in log.read_text()
 
 
@@ -120,14 +128,16 @@ def test_other_settings_draw_and_judge_again(call):
 
 def test_two_trainings_at_a_time_with_one_thread_each(call):
     call("default")
-    for flags in ([], ["-j", "2"]):
+    begin, end = ["begin"], ["end"]
+    for jobs, order in (1, begin + end + begin + end), (2, begin * 2 + end * 2):
         subprocess.run(["rm", "-r", call.home / "an out" / "random"], check=False)
-        log = call(*flags, "random")[3]
-        first = next(i for i, line in enumerate(log) if "ar_model" in line)
-        kinds = [line.split()[0] for line in log[first : first + 4]]
-        assert kinds == (["begin", "begin", "end", "end"] if flags else kinds[:2] * 2)
+        (call.home / "await").write_text(str(jobs))
+        log = call("-j", str(jobs), "random")[3]
+        trainings = [line for line in log if "_model.py" in line]
+        assert [line.split()[0] for line in trainings] == order
         assert all(line.startswith("begin 1 ") for line in log if "begin" in line)
-        assert "sample.py" in log[first + 4]  # waits for both
+        first = next(i for i, line in enumerate(log) if "sample.py" in line)
+        assert not any(line in trainings for line in log[first:]), "waits for both"
 
 
 REFUSED = {
