@@ -367,8 +367,9 @@ def code_colors(codebook):
 
 def table(head, body):
     """A Markdown table of cells."""
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [f"| {' | '.join(line)} |" for line in [head, *body]]
+    lines.insert(1, "|---" * len(head) + "|")
+    return "\n".join(lines)
 
 
 def score_cells(own):
