@@ -42,17 +42,11 @@ END
 
 # The grids to choose from, and what the tables of rates_* and sampling_* chose on seed
 # 0. A grid is extended until the best lies inside it.
-RATES="5e-4 1e-3 2e-3 4e-3 8e-3" # of stage 2, whose default is 3e-3
+RATES="5e-4 1e-3 2e-3 4e-3 8e-3" # of stage 2, whose default is 3e-3, and over K
 TEMPERATURES="0.4 0.5 0.6 0.7 0.8 0.9 1 1.1 1.2"
 MANY="--num-samples 5000"
 declare -A plain tuned # guidance and temperature, 1 or the best; then other flags
-# Over K: the rates of stage 1 and of the baseline; and what they chose, the learning
-# rate and guidance of stage 1, and of the baseline.
-declare -A rates_1=(
-    [1024]="5e-4 1e-3 2e-3" [4096]="5e-4 1e-3 2e-3 4e-3" [16384]="5e-4 1e-3 2e-3")
-declare -A rates_b=(
-    [1024]="1e-3 2e-3 4e-3 8e-3" [4096]="2e-3 4e-3 8e-3 16e-3"
-    [16384]="1e-3 2e-3 4e-3 8e-3")
+# Over K: the learning rate and guidance of stage 1, and of the baseline.
 declare -A for_k=(
     [1024]="1e-3 3 2e-3 3" [4096]="2e-3 3 8e-3 2" [16384]="1e-3 3 2e-3 4")
 
@@ -241,17 +235,17 @@ rates_k() { # 1,000 steps; K = 4096 has the tokenizer and the clusters of $out
         [ $K = 4096 ] || once tokenizer.py "$to" --codebook-size $K
         [ $K = 4096 ] || once cluster.py "$to"
         once aux_model.py "$to"
-        for lr in ${rates_1[$K]}; do
+        for lr in $RATES 16e-3; do
             once ar_model.py "$to/lr$lr" --steps 1000 --lr $lr
-        done
-        for lr in ${rates_b[$K]}; do
             once ar_model.py "$to/lr$lr" --steps 1000 --lr $lr --labels fine
         done
         settle
         cp "$out/classifier.pt" "$to" # the same judge
-        for s in 1 1.5 2 3 4 6; do
-            for lr in ${rates_1[$K]}; do draw ctf "$to/lr$lr/cfg$s" $s 1; done
-            for lr in ${rates_b[$K]}; do draw baseline "$to/lr$lr/cfg$s" $s 1; done
+        for lr in $RATES 16e-3; do
+            for s in 1 1.5 2 3 4 6; do
+                draw ctf "$to/lr$lr/cfg$s" $s 1
+                draw baseline "$to/lr$lr/cfg$s" $s 1
+            done
         done
         table best "$to"/lr*
     done

@@ -409,7 +409,7 @@ def test_over_k_each_model_has_its_best_settings_and_its_own_numbers():
         ratios_0.append(f"{float(fd_0[1]) / float(fd_0[0]):.1f}")
     text = f"baseline's FD is {', '.join(ratios)} times CTF's"
     assert text in (ROOT / "README.md").read_text("utf-8")
-    assert f"{text} (seed 0: {', '.join(ratios_0)})" in section("Over K")
+    assert f"{text} (in selection: {', '.join(ratios_0)})" in section("Over K")
 
 
 def test_the_second_tokenizers_fd_in_results_md_is_that_of_the_runs():
