@@ -10,7 +10,8 @@ It differs from that of "Attention is all you need" in this:
 - 2D rotary positions: nothing is added to the embeddings. Queries and keys are rotated
   (rotary_table).
 - no biases; the embedding and the head do not share their weights; the sequence begins
-  with the class. (LlamaGen has dropout 0.1, this Transformer has none.)
+  with the class. (LlamaGen has dropout 0.1, and sets the class's queries and keys to
+  zero. This Transformer does neither.)
 
     python ar_model.py                  # CTF's stage 1, over M coarse labels: coarse.pt
     python ar_model.py --labels fine    # the baseline, over K fine labels: baseline.pt

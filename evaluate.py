@@ -323,8 +323,8 @@ def main(argv=None):
     path = images["path"].with_name("classifier.pt")
     judge = get_judge(path, images, args.judge_steps, args.seed, device)
     real, logits = look(judge, test_set.x, device)
-    if N < real.shape[1]:
-        print(f"warning: the smallest set has {N} images, fewer than {real.shape[1]}")
+    if N <= real.shape[1]:
+        print(f"warning: the smallest set has {N} images, too few for {real.shape[1]}")
         print("features: the covariance is singular, and the distance far too high")
 
     fine, y = tokens["test"].to(device)

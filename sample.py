@@ -219,7 +219,7 @@ def choose_classes(wanted, count, test_classes, class_names):
         return test_classes[torch.arange(count) % len(test_classes)]
     for name in wanted:
         if name not in class_names:
-            fail(f"--classes {name}: there are {', '.join(class_names[:20])}")
+            fail(f"--classes {name}: there are {', '.join(class_names)}")
     numbers = torch.tensor([class_names.index(name) for name in wanted])
     return numbers[torch.arange(count) % len(numbers)]
 

@@ -64,7 +64,7 @@ from tqdm import tqdm
 class VQVAEConfig:
     image_size: int = 32  # pixels
     downsample: int = 4  # pixels per token along each side: a power of 2
-    channels: int = 96  # at the token grid; halved each time the grid doubles
+    channels: int = 96  # at the token grid, 16 or more; halved as the grid doubles
     codebook_size: int = 4096  # K
     code_dim: int = 8  # d
 
@@ -267,7 +267,8 @@ def parse_args(argv):
     what = "pixels per token, along each side"
     sides = [2, 4, 8, 16]
     add("--downsample", type=int, choices=sides, default=default.downsample, help=what)
-    add("--channels", type=positive, default=default.channels, help="network width")
+    what = "network width"
+    add("--channels", type=number(int, 16), default=default.channels, help=what)
     add("--codebook-size", type=positive, default=default.codebook_size, help="K")
     add("--code-dim", type=positive, default=default.code_dim, help="d")
     add_training_flags(parser, steps=600, batch_size=128, lr=2e-3)
@@ -323,7 +324,7 @@ def main(argv=None):
             checkpoint["codebook_id"] = short_hash(model.codebook)
             save_checkpoint(path, model, optimizer, checkpoint, args, scores)
 
-    # Without autocast: the labels in tokens.pt come from a float32 encoder.
+    # Without autocast: in bfloat16 some labels would differ.
     fine, test_fine = tokenize(model, train_set.x), tokenize(model, test_set.x)
     facts = {"class_names": class_names, "images_id": images_id}
     data = Path(args.data).resolve().name  # the name of a folder given as ".", too
@@ -536,8 +537,8 @@ def paint_glyphs(count, image_size, seed):
 
 
 def glyph_masters(size):
-    """Every digit in every font, centred and of the same height, as masks 0..1: float
-    (fonts, 10, size, size)."""
+    """Every digit in every font, near the centre and of about the same height, as masks
+    0..1: float (fonts, 10, size, size)."""
     folder = Path(get_data_path(), "fonts", "ttf")
     masters = torch.empty(len(GLYPH_FONTS), 10, size, size)
     for i, name in enumerate(GLYPH_FONTS):
@@ -729,11 +730,12 @@ def load(out, name, mmap=True, **ids):
     except Exception as error:  # noqa: BLE001  a damaged file raises a dozen kinds
         kind = type(error).__name__
         fail(f"{path} is unreadable ({kind}): delete it and run python {script} again")
-    again = f"{script} --overwrite" if "step" in artifact else script
+    if "step" in artifact and path == out / name:  # never a training of a folder above
+        script += " --overwrite"
     for key, value in ids.items():
         if artifact.get(key) != value:
             differs = f"{key} {artifact.get(key)}, not {value}"
-            fail(f"{path} does not belong here ({differs}): run python {again}")
+            fail(f"{path} does not belong here ({differs}): run python {script}")
     for split in {"train", "test"} & artifact.keys():
         artifact[split] = Examples(*artifact[split])
     return artifact | {"path": path}
@@ -870,8 +872,8 @@ def run(main, trains=False):
     try:
         main()
     except KeyboardInterrupt:
-        advice = " (--resume continues from the last save)" if trains else ""
-        fail(f"stopped{advice}")
+        advice = " (--resume continues from the last save, if there is one)"
+        fail(f"stopped{advice if trains else ''}")
 
 
 if __name__ == "__main__":

@@ -182,6 +182,7 @@ def test_a_variant_inherits_from_its_real_parents(trained, monkeypatch, capsys):
     # Stage 1 of the folder above was trained on other clusters.
     code, message = error_of(capsys, MAIN["sample"], "--out", ".")
     assert code == 1 and f"{trained / 'coarse.pt'} does not belong here (clu" in message
+    assert "--overwrite" not in message, "it must not replace that training"
     run("ar_model", "../new", None)
     model = torch.load(trained / "new" / "coarse.pt", weights_only=True)
     assert model["config"]["vocabulary"] == 4

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# The commands of the tables in .github/RESULTS.md, one function per table.
+# Commands of the tables in .github/RESULTS.md, one function per table.
 #
 #     bash tests/experiments/reproduce.sh                    # the list of names
 #     bash tests/experiments/reproduce.sh default random     # two of them
 #     bash tests/experiments/reproduce.sh -j 2 table1_digits # two commands at a time
 #
-# They run in $OUT (default: out) and its sub-folders, with one thread each. What the
-# tables of rates_* and sampling_* choose is written into the settings below, by hand,
-# before the next functions are called. Tables go to stdout, all else to stderr, and a
-# copy of the tables and of each metrics.json behind them to $OUT/results. The script can
-# be stopped and called again: a finished command is skipped, and a training continues
-# from its last save. (To train with other settings, delete the folder.) Marks in .done
-# folders say which command made a file, at which commit of the six scripts. It needs
-# bash 4.4 and flock.
+# They run in $OUT (default: out) and its sub-folders, with one thread each (speed: with
+# all). What the tables of rates_* and sampling_* choose is written into the settings
+# below, by hand, before the next functions are called. Tables go to stdout, all else to
+# stderr, and a copy of the tables and of each metrics.json behind them to $OUT/results.
+# The script can be stopped and called again: a finished command is skipped, and a
+# training continues from its last save. (To train with other settings, delete the
+# folder.) Marks in .done folders say which command made a file, at which commit of the
+# six scripts. It needs bash 4.4 and flock.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-out}

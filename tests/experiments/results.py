@@ -11,7 +11,7 @@
     results.py anatomy out                     # a real image and a sample, step by step
 
 Each but the last prints a Markdown table. For mean, compare, rows and convergence a
-path is a folder with a metrics.json, or a copy of that file. reproduce.sh makes all
+path is a folder with a metrics.json, or a copy of that file. reproduce.sh makes its
 tables with it.
 """
 
@@ -53,7 +53,7 @@ def read(paths, *also):
         if not file.exists():
             fail(f"{file} is missing: run python evaluate.py first")
     runs = [json.loads(file.read_text("utf-8")) for file in files]
-    alike = "data", "num_samples", "num_real", "judge_steps", "judge_accuracy", "device"
+    alike = "images_id", "num_samples", "judge_steps", "judge_accuracy", "device"
     for key in (*alike, *also):
         same(f"{key} of the runs", [run["protocol"][key] for run in runs])
     return runs
@@ -74,7 +74,8 @@ def rows_of(run):
 
 def by_name(paths):
     """{name: [its rows, one per run]}; the name of a model includes its steps. Fails if
-    the rows of a model are not different runs of the same command."""
+    the rows of a model differ in parameters or sampling, or if a run is given twice.
+    (Learning rates are not in metrics.json.)"""
     found = {}
     for run in read(paths, "clusters", "seed"):
         for row in rows_of(run):
@@ -140,26 +141,20 @@ def rows(paths):
     return table(["run", "images", *HEAD, *COSTS], body)
 
 
-def color_of(name):
-    """The colour of a set of images, by the beginning of its name."""
-    colors = {"CTF": "tab:orange", "baseline": "tab:blue", "stage 2": "tab:olive"}
-    colors |= {"swapped within k-means": "tab:green", "swapped within r": "tab:red"}
-    found = [color for start, color in colors.items() if name.startswith(start)]
-    return found[0] if found else "tab:grey"
-
-
 def convergence(paths):
     """convergence.png beside the runs, the copies that --keep left: FD and Inception
     Score over steps and seconds (the paper's figure 2)."""
     models = [row for run in read(paths) for row in run["rows"] if "model" in row]
     models.sort(key=lambda row: row["steps"][0])
+    colors = {"ctf": "tab:orange", "baseline": "tab:blue"}
     file = paths[0].parent / "convergence.png"
     with picture(file, 12, 7.5) as figure:
         figure.suptitle("Samples during training: the same runs over steps and seconds")
         left, right = figure.subplots(2, 2).T
         for name in dict.fromkeys(row["name"] for row in models):
             own = [row for row in models if row["name"] == name]
-            style = {"marker": "o", "color": color_of(name), "label": name}
+            color = colors[own[0]["model"]]
+            style = {"marker": "o", "color": color, "label": name}
             steps = [row["steps"][0] for row in own]
             seconds = [row["train_seconds"] for row in own]
             for (above, below), xs in ((left, steps), (right, seconds)):
@@ -200,6 +195,8 @@ def reference(path, split):
     """The judge beside path, an images.pt, and its features (N', F) of the images to
     compare with: all test images, or the first 5,000 training images."""
     images = load(path.parent, path.name)
+    if not path.with_name("classifier.pt").exists():
+        fail(f"{path.parent} has no judge: run python evaluate.py there first")
     saved = load(path.parent, "classifier.pt", images_id=images["images_id"])
     judge = restore(Classifier(len(images["class_names"])), saved, CPU)
     x = images["test"].x if split == "test" else images["train"].x[:5000]
@@ -219,7 +216,9 @@ def best(folders):
     paths = sorted({p for folder in folders for p in folder.rglob("samples*.pt")})
     if not paths:
         fail("there are no samples in these folders: run python sample.py first")
-    found = []
+    found, sub_folders = [], sorted({path.parent for path in paths})
+    sources = [find(folder, "images.pt").resolve() for folder in sub_folders]
+    same("the images.pt of the samples", sources)
     for path in paths:
         samples = torch.load(path, map_location="cpu", weights_only=True)
         images, y = samples["images"], samples["classes"]
@@ -300,6 +299,8 @@ def anatomy(folders):
             fail(f"{folder} has no samples.pt")
         ids = {key: made["vqvae"][key] for key in ("images_id", "codebook_id")}
         images, tokens = load(folder, "images.pt"), load(folder, "tokens.pt", **ids)
+        if load(folder, "clusters.pt")["method"] == "random":
+            fail(f"{folder} has random clusters: anatomy needs those of k-means")
         y = samples["classes"][:1]
         i = (tokens["test"].y == y).nonzero()[0, 0]
         rows = {"a real image": (images["test"].x[i], tokens["test"].x[i : i + 1])}

@@ -37,7 +37,8 @@ def run(folder, base, stage1=2.0, rows=slice(None), steps=(4, 2), seed=0, **prot
             own |= {"parameters": i, "stage1": {"cfg_scale": stage1}, "stage2": {}}
         found.append(own)
     facts = {"data": "pets", "num_samples": 16, "num_real": 24, "judge_steps": 800}
-    facts |= {"judge_accuracy": 0.9, "device": "cpu", "clusters": "kmeans", "seed": 0}
+    facts |= {"images_id": "the-images", "judge_accuracy": 0.9, "device": "cpu"}
+    facts |= {"clusters": "kmeans", "seed": 0}
     folder.mkdir(exist_ok=True)
     text = json.dumps({"protocol": facts | protocol, "rows": found[rows]})
     (folder / "metrics.json").write_text(text)
@@ -86,6 +87,7 @@ training s |
     ("what", "other"),
     [
         ("num_samples", {"num_samples": 17}),
+        ("images_id", {"images_id": "others"}),
         ("judge_accuracy", {"judge_accuracy": 0.8}),
         ("clusters", {"clusters": "random"}),
         ("1 of 2 runs .* 4 . 2 steps", {"steps": (5, 2)}),
@@ -212,6 +214,9 @@ def test_the_best_settings_are_those_nearest_to_5000_training_images(out, capsys
     few = {"images": images[:9], "classes": classes[:9]}
     torch.save(samples | few, out / "search" / "samples.pt")
     assert "40 and 9" in error_of(capsys, results.main, "best", out / "search")[1]
+    (out / "search" / "a" / "images.pt").touch()  # other images
+    message = error_of(capsys, results.main, "best", out / "search")[1]
+    assert "not comparable: the images.pt" in message
     (out / "nothing").mkdir()
     assert "no samples" in error_of(capsys, results.main, "best", out / "nothing")[1]
 
@@ -251,6 +256,9 @@ def test_refined_samples_keep_their_coarse_labels(trained, capsys):
     samples["weights"] = {name: own["weights_id"] for name, own in made.items()}
     assert "samples" in error_of(capsys, results.main, "refine", trained)[1]
     torch.save(samples, trained / "samples-baseline.pt")
+    (trained / "classifier.pt").rename(trained.parent / "classifier.pt")  # of others
+    assert "has no judge" in error_of(capsys, results.main, "refine", trained)[1]
+    (trained.parent / "classifier.pt").rename(trained / "classifier.pt")
     models = load_models(trained, "ctf", results.CPU)[0]
     coarse, aux = G[fine], models.aux
     best = aux(coarse, y).argmax(dim=-1)[..., None]
@@ -501,6 +509,9 @@ def test_anatomy_shows_a_real_image_and_a_sample(trained, figures, monkeypatch):
                 assert ax.images[0].get_clim() == pytest.approx((0, math.log2(10)))
     assert not list(found)
     assert [ax.get_ylabel() for ax in figure.axes].count("entropy, bits") == 2
+    edit(trained / "clusters.pt", method="random")
+    with pytest.raises(SystemExit, match="has random clusters"):
+        results.anatomy([trained])
     samples["model"] = "baseline"
     with pytest.raises(SystemExit, match="has no samples.pt"):
         results.anatomy([trained])
