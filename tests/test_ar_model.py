@@ -200,7 +200,7 @@ def test_the_cache_returns_all_keys_and_values_so_far(dtype):
         assert torch.equal(all_v, v[:, :, :end]), "not the values so far, in order"
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.5])
+@pytest.mark.parametrize("scale", [1.0, 2.5, 0.5])
 def test_generate_equals_generation_without_a_cache(model, scale):
     y, null = torch.tensor([0, 1, 2, 1]), torch.full((4,), 3)
     sampling, kept = Sampling(scale, 0.8, 6, 0.9), gradients_of(model)

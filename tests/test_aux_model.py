@@ -10,6 +10,7 @@ from torch.nn.functional import one_hot
 import ar_model
 import aux_model
 import cluster
+import tokenizer
 from ar_model import Sampling
 from aux_model import MASKED, AuxConfig, AuxModel, fine_loss, predict_fine
 
@@ -231,15 +232,23 @@ def test_fine_labels_follow_the_probabilities(table, fine, sampling):
 # ---------------------------------------------------------------------------- the script
 
 
-MODEL = {"dim": 128, "heads": 4, "keep": 0, "batch-size": 32}
+MODEL = {"dim": 128, "heads": 4, "keep": 0, "batch-size": 32, "save-every": 200}
 STAGE_1 = {"layers": 4, "steps": 3000, "lr": 0.001, "labels": "coarse"}
 STAGE_2 = {"layers": 2, "steps": 1000, "lr": 0.003}
+TOKENIZER = {"image-size": 32, "downsample": 4, "channels": 96, "code-dim": 8}
+TOKENIZER |= {"codebook-size": 4096, "data": "glyphs", "save-every": 200}
+TOKENIZER |= {"steps": 600, "batch-size": 128, "lr": 0.002, "seed": 0}
 CLUSTERS = {"clusters": 128, "method": "kmeans", "restarts": 3}
 
 
 @pytest.mark.parametrize(
     ("script", "wanted"),
-    [(ar_model, MODEL | STAGE_1), (aux_model, MODEL | STAGE_2), (cluster, CLUSTERS)],
+    [
+        (ar_model, MODEL | STAGE_1),
+        (aux_model, MODEL | STAGE_2),
+        (cluster, CLUSTERS),
+        (tokenizer, TOKENIZER),
+    ],
 )
 def test_default_flags(script, wanted, capsys):
     with pytest.raises(SystemExit):

@@ -139,7 +139,8 @@ def test_following_the_advice_leads_to_a_table(tmp_path, images, monkeypatch, ca
 FOR_ALL = "seed -1, seed x, seed 1e3, device abacus, "
 FOR_TRAINING = "steps 0, steps many, batch-size 0, save-every 0, save-every -1, lr 0, "
 FOR_TRAINING += "lr -1, lr nan, lr inf, resume --overwrite, "
-SHAPES = "layers 0, layers -1, dim 0, dim 20, heads 0, heads 3, keep -1, labels x"
+SHAPES = "layers 0, layers -1, dim 0, dim 20, heads 0, heads 3, labels x, "
+SHAPES += "keep -1, keep 100"
 WRONG = {
     "tokenizer": f"{FOR_TRAINING}image-size 0, image-size 30, downsample 3, channels 0, "
     "code-dim 0, codebook-size 0, codebook-size 2e3, keep 1",
@@ -255,6 +256,11 @@ def test_every_script_runs_on_the_cpu_of_a_machine_with_an_accelerator(
             assert (tmp_path / "out" / name).exists()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert tokenizer.pick_device("auto") == torch.device("cuda")
+    monkeypatch.setattr(torch, "autocast", lambda *_, enabled: enabled)
+    for native in (True, False):  # a T4 emulates bfloat16
+        supported = lambda including_emulation=True, n=native: n or including_emulation
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        assert tokenizer.autocast(torch.device("cuda")) == native
     assert tokenizer.pick_device("mps") == torch.device("mps")
 
 

@@ -179,6 +179,8 @@ def test_the_clusters_their_centroids_and_the_random_control(run, out, capsys):
     numbers = 5, min(sizes), max(sizes), f"{inertia[0]:.1f}", f"{inertia[-1]:.1f}"
     numbers += len(inertia), 3
     assert printed[:7] == [str(number) for number in numbers]
+    alone = run("--clusters 32")["code_to_cluster"]  # M = K: every code has its own
+    assert sorted(alone.tolist()) == list(range(K))
     shuffled = run("--seed 16 --method random")
     assert len(shuffled["inertia"]) == 1 < len(inertia)
     ids = [a["cluster_id"] for a in (shuffled, found, run("--seed 16"))]
@@ -210,6 +212,8 @@ def test_the_best_restart_is_kept_and_every_seed_has_its_own(run, monkeypatch):
         artifact, images, _ = run(f"--seed {seed} --method random", picture=True)
         maps.append(artifact["code_to_cluster"].numpy().tobytes())
         swaps.append(images[2].tobytes())
+    again = run("--seed 2 --method random", picture=True)[1]
+    assert again[2].tobytes() == swaps[2], "not by --seed alone"
     assert len(set(seeds)) == 12, "two seeds share a restart"
     assert len(set(maps)) == len(set(swaps)) == 3
 

@@ -11,6 +11,7 @@ from scipy.linalg import sqrtm
 from test_sample import CPU, pixels, predict_fine, read
 from torch import nn
 
+import cluster
 import evaluate
 import sample
 from ar_model import Sampling
@@ -36,7 +37,7 @@ def mean_fine_loss(model, fine, y):
     return [weights + (fine * (2 + y[:, None])).double().mean().item() / K, 0.5]
 
 
-learn = evaluate.train_classifier
+learn, swap_within = evaluate.train_classifier, cluster.swap_within_clusters
 
 
 def train_classifier(train_set, num_classes, steps, seed, device):
@@ -171,6 +172,10 @@ class Witness(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(100.0, dtype=torch.float64))
         self.start, self.seen, self.weights = torch.rand(1).item(), [], []
+        self.own, self.used = [], []  # gradients of each step
+        self.weight.register_hook(lambda g: self.own.append(g.item()))
+        use = lambda p: self.used.append(p.grad.item())
+        self.weight.register_post_accumulate_grad_hook(use)
 
     def forward(self, x):
         self.seen.append(x.clone())
@@ -180,6 +185,9 @@ class Witness(nn.Module):
 
 def test_the_judge_learns_from_blurred_and_noisy_images(monkeypatch):
     monkeypatch.setattr(evaluate, "Classifier", Witness)
+    asked, rate = [], evaluate.learning_rate
+    ask = lambda *arguments: asked.append(arguments) or rate(*arguments)
+    monkeypatch.setattr(evaluate, "learning_rate", ask)
     edge = torch.full((16, 16, 3), 255, dtype=torch.uint8)
     edge[:, :8] = 0  # -1 to the left of the edge, 1 to the right
     train_set = Examples(torch.stack([edge, edge.flip(1)]), torch.tensor([0, 1]))
@@ -188,6 +196,8 @@ def test_the_judge_learns_from_blurred_and_noisy_images(monkeypatch):
         for steps, seed in ((60, 0), (1, 0), (1, 1))
     )
     assert not judge.training and len(judge.seen) == 60
+    assert asked[:60] == [(step, 60, 3e-3) for step in range(60)]
+    assert judge.used == judge.own, "gradients of other steps"
     sigmas, noises = [], []
     for x in judge.seen:
         assert x.shape == (128, 3, 16, 16) and x.dtype == torch.float32
@@ -224,6 +234,13 @@ def test_the_judge_learns_and_is_trusted_only_then(trained, capsys):
         assert "| reconstructions |" in table
         assert (float(text.partition("%")[0]) > 80) == (name == "learnt")
         assert ("hardly better than chance" in text) == (name == "random")
+    (x, y), constant = read(trained / "images.pt")["test"], Classifier(3)
+    edit(trained / "images.pt", test=(x, y * (torch.arange(24) > 20)))  # 21 of class 0
+    constant.head.weight.data.zero_()
+    constant.head.bias.data.copy_(torch.tensor([1.0, 0.0, 0.0]))
+    edit(trained / "classifier.pt", model=constant.state_dict())
+    run(trained)
+    assert "hardly better than chance" in capsys.readouterr().out, "right on 21 of 24"
     with pytest.raises(SystemExit):
         evaluate.main(["--help"])
     assert "(default: 800)" in capsys.readouterr().out
@@ -276,6 +293,10 @@ def swapped(vqvae, fine, code_to_cluster=G):
 def test_scores_of_a_set_of_images(out):
     judge, test_x = noisy(Classifier(3)), read(out / "images.pt")["test"][0]
     images = torch.cat([test_x[:7], torch.randint_like(test_x[:4], 256)])
+    assert sum(w.numel() for w in judge.parameters()) == 287843  # with BatchNorm
+    features, logits = judge(to_float(images))
+    torch.testing.assert_close(features, judge.body(to_float(images)).mean((2, 3)))
+    torch.testing.assert_close(logits, judge.head(features))
     many = torch.cat([test_x, torch.randint_like(test_x, 256).repeat(10, 1, 1, 1)])
     real, features = (evaluate.look(judge, x, CPU)[0] for x in (many, images))
     logits = evaluate.look(judge, images, CPU)[1]
@@ -308,23 +329,32 @@ def test_bits_are_nats_over_ln_2_of_each_stage(trained, name):
     assert bits == pytest.approx([value / math.log(2) for value in nats])
 
 
-def test_random_clusters_are_not_called_k_means(trained):
+def test_random_clusters_are_not_called_k_means(trained, monkeypatch):
     vqvae = load_models(trained, "ctf", CPU)[0].vqvae
     clusters = read(trained / "clusters.pt") | {"method": "random"}
     fine, _ = read(trained / "tokens.pt")["test"]
     found = evaluate.swaps(vqvae, fine, clusters, 0)
     assert list(found) == ["random"]
     assert torch.equal(found["random"], swapped(vqvae, fine))
+    monkeypatch.setattr(cluster, "swap_within_clusters", swap_within)
+    clusters["method"] = "kmeans"
+    one, same, other = (evaluate.swaps(vqvae, fine, clusters, s) for s in (0, 0, 1))
+    for name in ("k-means", "random"):
+        assert torch.equal(one[name], same[name])
+        assert not torch.equal(one[name], other[name])
 
 
 def test_stage_2_alone_starts_from_the_real_coarse_labels(trained, monkeypatch):
     models, how = load_models(trained, "ctf", CPU)[0], Sampling(1.5, 0.7, 2, 0.9)
     fine, y, calls = torch.randint(K, (130, T)), torch.arange(130) % 3, []
+    cast, bfloat16 = [], lambda device: torch.autocast("cpu", torch.bfloat16)
+    monkeypatch.setattr(evaluate, "autocast", bfloat16)
 
     def watched(model, coarse, y, generator, sampling):
         seed = generator.initial_seed()
         found = predict_fine(model, coarse, y, generator, sampling)
         calls.append((coarse, y, found, seed, generator, sampling))
+        cast.append(torch.is_autocast_enabled("cpu"))
         return found
 
     monkeypatch.setattr(evaluate, "predict_fine", watched)
@@ -333,6 +363,7 @@ def test_stage_2_alone_starts_from_the_real_coarse_labels(trained, monkeypatch):
     assert torch.equal(coarse, G[fine]) and torch.equal(classes, y)
     assert {call[3:] for call in calls} == {(7, calls[0][4], how)}, "one generator"
     assert torch.equal(found, pixels(models.vqvae, predicted))
+    assert cast == [True, True], "as in sample.py"
 
 
 # --------------------------------------------------------------------------- The script
@@ -463,6 +494,9 @@ def test_other_shares_of_the_classes_are_warned_of(trained, capsys):
         run(trained)
         text = f"warning: {CTF} has other shares of the classes"
         assert (text in capsys.readouterr().out) == (of_cat == 11)
+    edit(trained / "samples.pt", classes=torch.arange(24) % 2)  # --classes ant bee
+    run(trained)
+    assert text in capsys.readouterr().out
 
 
 def test_what_cannot_be_judged_ends_in_one_line(trained, capsys):

@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import asdict
 from functools import partial
 
@@ -106,7 +107,9 @@ def check_samples(models, y, size, seed, stage1, stage2, images, coarse, fine):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_from_classes_to_pixels(trained, name):
+def test_from_classes_to_pixels(trained, name, monkeypatch):
+    bfloat16 = lambda device: torch.autocast("cpu", torch.bfloat16)
+    monkeypatch.setattr(sample, "autocast", bfloat16)  # the decoder is not in it
     models, _ = load_models(trained, name, CPU)
     models.vqvae.codebook.mul_(20)  # pixels far beyond -1..1, which must be clipped
     gradients = []
@@ -116,18 +119,23 @@ def test_from_classes_to_pixels(trained, name):
     found = sample.sample_images(models, y, generator, SOME, FINE_SOME)
     handle.remove()
     check_samples(models, y, 4, 3, SOME, FINE_SOME, *found)
+    usual = sample.STAGE1, sample.STAGE2
+    found = sample.sample_images(models, y, generator.manual_seed(3))
+    check_samples(models, y, 4, 3, *usual, *found)
+    *found, _ = sample.sample_batches(models, y, 3)
+    check_samples(models, y, 4, 3, *usual, *found)
     assert not any(gradients), "no gradients are needed"
 
 
 def test_batches_continue_with_the_same_generator_and_are_timed(trained, monkeypatch):
     models, _ = load_models(trained, "ctf", CPU)
-    clock, seconds, timed = [0.0], iter([7.0, 2.0, 3.0, 4.0]), sample.sample_images
+    clock, seconds = [0.0], iter([7.0, 2.0, 3.0, 4.0])
 
-    def sample_images(*args, **kwargs):
-        clock[0] += next(seconds)
-        return timed(*args, **kwargs)
+    def cpu(x):  # waits until a GPU has computed the images
+        clock[0] += next(seconds) if x.dtype == torch.uint8 else 0
+        return x
 
-    monkeypatch.setattr(sample, "sample_images", sample_images)
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
     monkeypatch.setattr(sample.time, "perf_counter", lambda: clock[0])
     y, how = torch.tensor([0, 1, 2, 2, 1]), (SOME, FINE_SOME)
     *found, speed = sample.sample_batches(models, y, 4, *how, batch_size=2)
@@ -153,9 +161,12 @@ TABLE = [  # by default fine labels are sampled, and stage 1 is guided
 
 @pytest.mark.parametrize(("name", "flags", "size", "seed", "one", "two", "used"), TABLE)
 def test_every_flag_reaches_its_stage_and_is_stored(
-    name, flags, size, seed, one, two, used, trained
+    name, flags, size, seed, one, two, used, trained, monkeypatch
 ):
     (trained / "images.pt").unlink()  # it is not needed
+    if name == "baseline":
+        (trained / "clusters.pt").unlink()
+    monkeypatch.setattr(sample.time, "perf_counter", itertools.count().__next__)
     test_y = torch.tensor([2, 0, 0, 1])
     edit(trained / "tokens.pt", test=(torch.randint(K, (4, T)), test_y))
     samples = run(trained, *flags.split(), model=name)
@@ -163,6 +174,7 @@ def test_every_flag_reaches_its_stage_and_is_stored(
     used = {"vqvae": "tokenizer", **used}
     ids = {name: f"weights-of-{file}" for name, file in used.items()}
     facts = {"model": name, "seed": seed, "batch_size": size, "stage1": asdict(one)}
+    facts["images_per_second"] = 2 if flags else 6  # a second per batch
     facts |= {"stage2": asdict(two) if two else {}}
     facts |= {"weights": ids | {"vqvae": "weights-of-vqvae"}}
     assert facts.items() <= samples.items() and torch.equal(samples["classes"], y)
@@ -268,4 +280,9 @@ def test_rows_of_the_picture_are_of_their_class(trained, figures):
         row += [image.get_array().tolist() for image in ax.images]
     of_class = lambda y: samples["images"][samples["classes"] == y][:10].tolist()
     assert rows == {"class bee": of_class(1), "class cat": of_class(2)}
+    test = torch.randint(K, (12, T)), torch.arange(12)
+    edit(trained / "tokens.pt", class_names=[*"abcdefghijkl"], test=test)
+    run(trained, "--num-samples=12")
+    shown = [ax.get_ylabel() for ax in figures[trained / "samples.png"].axes]
+    assert [name for name in shown if name] == [f"class {c}" for c in "abcdefghij"]
     assert figures[trained / "samples.png"].get_suptitle().endswith("2, seed 0")
