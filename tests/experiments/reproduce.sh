@@ -28,7 +28,7 @@ table1_digits              260  CTF against its baseline, seeds 1 to 5 (sampling
 ablations                   80  clusters, layers, top-k, temperatures (table1_digits)
 convergence                 30  figure 2, the copies of seed 1 (table1_digits)
 second_tokenizer            90  table 1 with another tokenizer, two seeds (default)
-rates_k                    260  learning rates for three sizes K of the codebook (default)
+rates_k                    300  learning rates for three sizes K of the codebook (default)
 over_k                      60  CTF against its baseline over K, seed 1 (rates_k)
 speed                       10  table 2; nothing else may run beside it
 photographs                 55  default, on CIFAR-10
@@ -48,7 +48,7 @@ MANY="--num-samples 5000"
 declare -A plain tuned # guidance and temperature, 1 or the best; then other flags
 # Over K: the learning rate and guidance of stage 1, and of the baseline.
 declare -A for_k=(
-    [1024]="1e-3 3 2e-3 3" [4096]="2e-3 3 8e-3 2" [16384]="1e-3 3 2e-3 4")
+    [1024]="4e-3 4 2e-3 3" [4096]="2e-3 3 8e-3 2" [16384]="1e-3 3 2e-3 4")
 
 settings_digits() {
     out=$OUT first=default judge_steps=800
