@@ -317,6 +317,8 @@ def test_the_table_of_the_readme_is_that_of_the_default_run():
         found = json.loads(file.read_text("utf-8"))["rows"][rows]
         table = evaluate.markdown_table(found).replace("|  |", "| |")
         assert lines.issuperset(table.splitlines())
+    ctf, baseline = (cells_of_runs("default", ["xeon"], x) for x in ("ctf", "baseline"))
+    assert f"on a Xeon: [CTF {ctf[0]}, baseline {baseline[0]}]" in readme
 
 
 @pytest.mark.parametrize("data", ["digits", "photographs"])
