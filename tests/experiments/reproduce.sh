@@ -29,7 +29,7 @@ ablations                   80  clusters, layers, top-k, temperatures (table1_di
 convergence                 30  figure 2, the copies of seed 1 (table1_digits)
 second_tokenizer            90  table 1 with another tokenizer, two seeds (default)
 rates_k                    300  learning rates for three sizes K of the codebook (default)
-over_k                      60  CTF against its baseline over K, seed 1 (rates_k)
+over_k                     110  CTF against its baseline over K, seeds 1 and 2 (rates_k)
 speed                       10  table 2; nothing else may run beside it
 photographs                 55  default, on CIFAR-10
 rates_photographs          200  as for digits (photographs)
@@ -253,19 +253,21 @@ rates_k() { # 1,000 steps; K = 4096 has the tokenizer and the clusters of $out
 
 over_k() {
     need "$OUT/.done/rates_k" rates_k
-    local K to lr1 cfg1 lrb cfgb
+    local K seed to lr1 cfg1 lrb cfgb
     for K in 1024 4096 16384; do
-        to=$out/K$K/seed1
         read -r lr1 cfg1 lrb cfgb <<<"${for_k[$K]}"
-        once ar_model.py "$to" --steps 1000 --seed 1 --lr $lr1
-        once aux_model.py "$to" --seed 1
-        once ar_model.py "$to" --steps 1000 --seed 1 --lr $lrb --labels fine
-        draw ctf "$to" $cfg1 1 $MANY
-        draw baseline "$to" $cfgb 1 $MANY
-        judge "$to"
+        for seed in 1 2; do
+            to=$out/K$K/seed$seed
+            once ar_model.py "$to" --steps 1000 --seed $seed --lr $lr1
+            once aux_model.py "$to" --seed $seed
+            once ar_model.py "$to" --steps 1000 --seed $seed --lr $lrb --labels fine
+            draw ctf "$to" $cfg1 1 $MANY
+            draw baseline "$to" $cfgb 1 $MANY
+            judge "$to"
+        done
     done
-    table rows "$out"/K{1024,4096,16384}/seed1
-    table coarse "$out"/K{1024,4096,16384}/seed1
+    table rows "$out"/K{1024,4096,16384}/seed{1,2}
+    table coarse "$out"/K{1024,4096,16384}/seed{1,2}
 }
 
 speed() {
