@@ -157,6 +157,11 @@ def noisy(model):
     return model.eval()
 
 
+def bfloat16(device):
+    """A stand-in for autocast, as on a GPU with native bfloat16."""
+    return torch.autocast("cpu", torch.bfloat16)
+
+
 def error_of(capsys, main, *argv):
     """(exit code, stderr) of main(argv), which must exit; stderr must be one line.
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import test_sample
 import torch
-from conftest import NAMES, G, K, T, edit, error_of, noisy
+from conftest import NAMES, G, K, T, bfloat16, edit, error_of, noisy
 from scipy.linalg import sqrtm
 from test_sample import CPU, pixels, predict_fine, read
 from torch import nn
@@ -347,7 +347,7 @@ def test_random_clusters_are_not_called_k_means(trained, monkeypatch):
 def test_stage_2_alone_starts_from_the_real_coarse_labels(trained, monkeypatch):
     models, how = load_models(trained, "ctf", CPU)[0], Sampling(1.5, 0.7, 2, 0.9)
     fine, y, calls = torch.randint(K, (130, T)), torch.arange(130) % 3, []
-    cast, bfloat16 = [], lambda device: torch.autocast("cpu", torch.bfloat16)
+    cast = []
     monkeypatch.setattr(evaluate, "autocast", bfloat16)
 
     def watched(model, coarse, y, generator, sampling):

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, K, M, T, edit, error_of
+from conftest import NAMES, K, M, T, bfloat16, edit, error_of
 from PIL import Image
 
 import aux_model
@@ -108,7 +108,6 @@ def check_samples(models, y, size, seed, stage1, stage2, images, coarse, fine):
 
 @pytest.mark.parametrize("name", FILES)
 def test_from_classes_to_pixels(trained, name, monkeypatch):
-    bfloat16 = lambda device: torch.autocast("cpu", torch.bfloat16)
     monkeypatch.setattr(sample, "autocast", bfloat16)  # the decoder is not in it
     models, _ = load_models(trained, name, CPU)
     models.vqvae.codebook.mul_(20)  # pixels far beyond -1..1, which must be clipped

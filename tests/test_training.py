@@ -190,8 +190,7 @@ def test_no_step_waits_for_single_numbers(training):
 
 def test_products_are_in_bfloat16_where_that_is_native(training, monkeypatch):
     exact = training(out=training.above / "exact")["history"]
-    bfloat16 = lambda device: torch.autocast("cpu", torch.bfloat16)
-    monkeypatch.setattr(training.module, "autocast", bfloat16)
+    monkeypatch.setattr(training.module, "autocast", conftest.bfloat16)
     cast, tokenize = [], tokenizer.tokenize
     enabled = lambda *how: cast.append(torch.is_autocast_enabled("cpu"))
     monkeypatch.setattr(tokenizer, "tokenize", lambda *x: enabled() or tokenize(*x))
